@@ -1,0 +1,122 @@
+"""The data module: the same global batches for every number of ranks and workers, stopped and resumed or not."""
+
+import hashlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mamba3_train.data import TokenDataModule
+from mamba3_train.data.packing import IGNORED_LABEL
+from mamba3_train.errors import UserError
+
+
+def module(corpus, rank=0, world_size=1, samples_consumed=0, total_steps=6, **settings) -> TokenDataModule:
+    defaults = {"sequence_length": 32, "global_batch_size": 16, "micro_batch_size": 2, "seed": 5, "num_workers": 0}
+    data = TokenDataModule(path=str(corpus), **(defaults | settings))
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+    data.samples_consumed, data.total_steps = samples_consumed, total_steps
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def digests(loaders) -> list[str]:
+    """Hash of each global batch: the parts of all ranks, in order."""
+    found = []
+    for parts in zip(*loaders, strict=True):
+        digest = hashlib.sha256()
+        for key in ("input_ids", "labels", "document_ids"):
+            digest.update(torch.cat([part[key] for part in parts]).numpy().tobytes())
+        found.append(digest.hexdigest())
+    return found
+
+
+def global_batches(corpus, world_size, **settings) -> list[str]:
+    return digests([module(corpus, rank, world_size, **settings).train_dataloader() for rank in range(world_size)])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_global_batches_do_not_depend_on_ranks(corpus, world_size, micro_batch_size):
+    expected = global_batches(corpus, 1)
+    assert len(set(expected)) == 6
+    assert global_batches(corpus, world_size, micro_batch_size=micro_batch_size) == expected
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_global_batches_do_not_depend_on_workers(corpus, num_workers):
+    assert global_batches(corpus, 2, num_workers=num_workers) == global_batches(corpus, 1)
+
+
+def test_stopped_and_resumed_twice_on_other_ranks(corpus):
+    expected = global_batches(corpus, 1, total_steps=9)
+    first = global_batches(corpus, 8, total_steps=9)[:4]
+    second = global_batches(corpus, 2, total_steps=9, samples_consumed=4 * 16)[:3]
+    third = global_batches(corpus, 4, total_steps=9, samples_consumed=7 * 16)
+    assert first + second + third == expected
+
+
+def test_length_counts_the_whole_run(corpus):
+    loader = module(corpus, samples_consumed=32, total_steps=6).train_dataloader()
+    assert len(loader) == 6
+    assert len(list(loader)) == 4
+
+
+def test_other_seed_other_order(corpus):
+    assert set(global_batches(corpus, 1)).isdisjoint(global_batches(corpus, 1, seed=6))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_validation_targets_do_not_depend_on_ranks(corpus, world_size):
+    loaders = [module(corpus, rank, world_size, validation_sequences=13).val_dataloader() for rank in range(world_size)]
+    assert len({len(loader) for loader in loaders}) == 1
+    rows = [row for parts in zip(*loaders, strict=True) for part in parts for row in part["labels"]]
+    real = [row.tolist() for row in rows if (row != IGNORED_LABEL).any()]
+    data = module(corpus).validation_data
+    assert real == data[range(13)]["labels"].tolist()
+
+
+def test_tokens_per_step_and_vocabulary(corpus):
+    data = module(corpus)
+    assert data.tokens_per_step == 16 * 32
+    assert data.vocab_size == data.tokenizer.vocab_size == 300
+    assert data.tokenizer.end_of_document_id == data.manifest.end_of_document_id
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"global_batch_size": 10, "micro_batch_size": 4},
+            ["data.global_batch_size=10", "data.micro_batch_size=4", "set"],
+        ),
+        ({"global_batch_size": 2, "micro_batch_size": 1, "world_size": 4}, ["data.global_batch_size=4"]),
+        ({"sequence_length": 10**6}, ["fewer than one row", "data.sequence_length=1000000"]),
+        ({"vocab_size": 999}, ["data.vocab_size=999", "data.vocab_size=300"]),
+        ({"micro_batch_size": 0}, ["data.micro_batch_size=0"]),
+    ],
+)
+def test_wrong_sizes_are_explained(corpus, settings, words):
+    with pytest.raises(UserError) as error:
+        module(corpus, **settings)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_replaced_sampler_is_noticed(corpus):
+    """Lightning would otherwise put its own distributed sampler in place of ours without a word."""
+    with pytest.raises(TypeError, match="use_distributed_sampler"):
+        module(corpus).train_data[3]
+
+
+def test_missing_corpus_names_the_command(tmp_path):
+    from mamba3_train.data import Preparation
+
+    preparation = Preparation(source={"path": "owner/corpus", "name": "small"}, tokenizer={"name": "owner/tokens"})
+    with pytest.raises(UserError) as error:
+        module(tmp_path / "none", prepare=preparation)
+    assert (
+        f"python -m mamba3_train.prepare output={tmp_path / 'none'} "
+        "source.path=owner/corpus source.name=small tokenizer.name=owner/tokens"
+    ) in str(error.value)

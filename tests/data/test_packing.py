@@ -1,0 +1,47 @@
+"""Rows: every token in place, document numbers and ignored targets exactly at the boundaries."""
+
+import numpy as np
+import pytest
+
+from mamba3_train.data.datamodule import TrainingSteps
+from mamba3_train.data.packing import IGNORED_LABEL
+from mamba3_train.data.token_shards import TokenSplit, read_manifest
+
+
+def documents_of(folder, split):
+    """All tokens of a split and the number of the document each belongs to, read without the code under test."""
+    manifest = read_manifest(folder)
+    tokens, owners, count = [], [], 0
+    for shard in manifest.splits[split]:
+        tokens.append(np.fromfile(folder / f"{shard.name}.bin", dtype=manifest.dtype))
+        lengths = np.diff(np.load(folder / f"{shard.name}.offsets.npy"))
+        owners.append(np.repeat(np.arange(count, count + len(lengths)), lengths))
+        count += len(lengths)
+    return np.concatenate(tokens).astype(np.int64), np.concatenate(owners)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 11_000])
+def test_rows_are_the_concatenated_documents(corpus, length):
+    """Against a token-by-token definition; the longest row spans a shard and more."""
+    data = TrainingSteps(TokenSplit(corpus, read_manifest(corpus), "train"), length, seed=None)
+    tokens, owners = documents_of(corpus, "train")
+    assert len(data) == (len(tokens) - 1) // length
+    batch = data[range(len(data))]
+    boundaries = 0
+    for row in range(len(data)):
+        here = slice(row * length, (row + 1) * length)
+        there = slice(row * length + 1, (row + 1) * length + 1)
+        assert np.array_equal(batch["input_ids"][row], tokens[here])
+        assert np.array_equal(batch["document_ids"][row], owners[here] - owners[here][0])
+        same = owners[here] == owners[there]
+        assert np.array_equal(batch["labels"][row], np.where(same, tokens[there], IGNORED_LABEL))
+        boundaries += (~same).sum()
+    assert boundaries > 100
+
+
+def test_quoted_end_of_document_does_not_end_a_document(corpus):
+    manifest = read_manifest(corpus)
+    for split in manifest.splits:
+        tokens, owners = documents_of(corpus, split)
+        ends = np.flatnonzero(np.append(np.diff(owners), 1))
+        assert np.array_equal(np.flatnonzero(tokens == manifest.end_of_document_id), ends)

@@ -1,0 +1,74 @@
+"""Shards: open to numpy alone, and never read when something is wrong with them."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from mamba3_train.data.token_shards import TokenSplit, read_manifest, verify
+from mamba3_train.data.tokenizer import Tokenizer
+from mamba3_train.errors import UserError
+
+
+@pytest.fixture
+def copy(corpus, tmp_path):
+    return shutil.copytree(corpus, tmp_path / "copy")
+
+
+def test_numpy_alone_reads_a_corpus(corpus):
+    manifest = verify(corpus)
+    assert len(manifest.splits["train"]) > 2
+    tokenizer = Tokenizer.of_corpus(corpus, manifest.end_of_document_id)
+    for shard in manifest.shards():
+        tokens = np.memmap(corpus / f"{shard.name}.bin", dtype="<u2", mode="r")
+        offsets = np.load(corpus / f"{shard.name}.offsets.npy")
+        assert (len(tokens), len(offsets)) == (shard.tokens, shard.documents + 1)
+        assert (tokens[offsets[1:] - 1] == tokenizer.end_of_document_id).all()
+        assert (np.diff(offsets) > 0).all()
+
+
+def test_no_temporary_file_stays(corpus):
+    assert not list(corpus.glob("*.partial"))
+
+
+@pytest.mark.parametrize("ending", ["bin", "offsets.npy"])
+def test_one_flipped_byte_is_found(copy, ending):
+    path = copy / f"{read_manifest(copy).splits['train'][1].name}.{ending}"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=path.name):
+        verify(copy)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("ending", ["bin", "offsets.npy"])
+def test_truncated_and_missing_shards_are_refused_at_open(copy, damage, ending):
+    manifest = read_manifest(copy)
+    path = copy / f"{manifest.splits['train'][0].name}.{ending}"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match=path.name):
+        TokenSplit(copy, manifest, "train")
+
+
+def test_another_tokenizer_is_found(copy):
+    Tokenizer.train(["some other text"], 260).save(copy / "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer"):
+        verify(copy)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": "other", "version": 1, "splits": {}}'])
+def test_unreadable_manifest(copy, content):
+    (copy / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        read_manifest(copy)
+
+
+def test_large_vocabulary_takes_four_bytes():
+    from mamba3_train.data.token_shards import token_dtype
+
+    assert token_dtype(65_536) == np.dtype("<u2")
+    assert token_dtype(65_537) == np.dtype("<u4")
