@@ -1,0 +1,1 @@
+"""Checkpoints: sharded and atomic while training, and the formats of other programs."""

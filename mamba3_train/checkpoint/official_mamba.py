@@ -1,0 +1,264 @@
+"""The public `mamba_ssm` checkpoint layout of Mamba-3, in and out.
+
+Two things differ from ours. Names: a table below. Rotation: the public SISO code rotates neighbouring entries of the
+state dimension, its MIMO code entry i with i + N/2; here the halves stand together at the front. A permutation of that
+dimension in B and C (rows of in_proj, norms, biases) changes nothing else.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mamba3_train.errors import UserError
+from mamba3_train.model import Mamba3Config, Mamba3LM, Mamba3Mixer, MixerConfig
+
+# Public name → ours, for what is not called the same.
+_SSM_KEYS = {
+    "d_state": "d_state",
+    "expand": "expand",
+    "headdim": "head_dim",
+    "ngroups": "groups",
+    "rope_fraction": "rope_fraction",
+    "dt_min": "dt_min",
+    "dt_max": "dt_max",
+    "dt_init_floor": "dt_init_floor",
+    "A_floor": "a_floor",
+    "is_outproj_norm": "output_norm",
+}
+# Settings of the public code that choose an implementation, not a function.
+_IGNORED_SSM_KEYS = {"layer", "chunk_size", "fuse_pregate_headwise_norm", "is_mimo", "mimo_rank", "d_model"}
+_MODEL_KEYS = {
+    "d_model", "n_layer", "d_intermediate", "vocab_size", "ssm_cfg", "attn_layer_idx", "attn_cfg", "rms_norm",
+    "residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", "tie_embeddings",
+}  # fmt: skip
+
+
+def mixer_from_official(config: dict, state_dict: dict[str, Tensor], kernels: str = "reference") -> Mamba3Mixer:
+    """Build a mixer from the public constructor arguments and state dict.
+
+    Args:
+        config: arguments of the public `Mamba3` module (d_model, d_state, headdim, is_mimo, …); `a_activation`
+            (`heavy_tail`, the default, or `softplus`) may be added, because the public code changed it in 2026.
+        state_dict: its parameters by public name, any dtype.
+        kernels: backend of the scan.
+
+    Raises:
+        UserError: an argument or parameter this model has no counterpart for.
+    """
+    mixer_config = _mixer_config(config)
+    with torch.device("meta"):
+        mixer = Mamba3Mixer(config["d_model"], mixer_config, kernels=kernels)
+    ours = _mixer_to_ours(state_dict, mixer)
+    _load(mixer, ours)
+    return mixer
+
+
+def load_official(folder: str | Path, kernels: str = "reference") -> Mamba3LM:
+    """Load a public checkpoint folder: config.json with model.safetensors or pytorch_model.bin.
+
+    Raises:
+        UserError: a missing or broken file, or a model this one has no counterpart for.
+    """
+    folder = Path(folder)
+    weights = _read_weights(folder)
+    config = config_from_official(_read_config(folder), weights)
+    with torch.device("meta"):
+        model = Mamba3LM(config, kernels=kernels)
+    if config.tie_embeddings:
+        weights.pop("lm_head.weight", None)
+    ours = {_name_to_ours(name): tensor for name, tensor in weights.items()}
+    _load(model, _translate_mixers(ours, model, _mixer_to_ours))
+    return model
+
+
+def save_official(model: Mamba3LM, folder: str | Path) -> None:
+    """Write a model as a public checkpoint folder, the two files that the public loader reads.
+
+    The public code rounds MLP widths up to a multiple of 128 when it builds a model; other widths load here only.
+
+    Raises:
+        UserError: the model has layers or settings that the public code does not know.
+    """
+    folder = Path(folder)
+    config = config_to_official(model.config)
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    weights = _translate_mixers(weights, model, _mixer_to_official)
+    weights = {_name_to_official(name): tensor.contiguous() for name, tensor in weights.items()}
+    if model.config.tie_embeddings:
+        weights["lm_head.weight"] = weights["backbone.embedding.weight"]
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def config_from_official(config: dict, weights: dict[str, Tensor]) -> Mamba3Config:
+    """The public config.json as a `Mamba3Config`; the true MLP width is read from the weights."""
+    ssm = config.get("ssm_cfg") or {}
+    if ssm.get("layer") != "Mamba3":
+        raise UserError(f"ssm_cfg.layer is {ssm.get('layer')!r}: only Mamba3 checkpoints can be loaded")
+    if config.get("attn_layer_idx"):
+        raise UserError("attn_layer_idx is not empty: public hybrids with attention layers cannot be loaded")
+    if not config.get("rms_norm", True):
+        raise UserError("rms_norm is false: only RMSNorm models can be loaded")
+    _refuse_unknown(config, _MODEL_KEYS, "config.json")
+    fc2 = weights.get("backbone.layers.0.mlp.fc2.weight")
+    return Mamba3Config(
+        vocab_size=config["vocab_size"],
+        d_model=config["d_model"],
+        n_layers=config["n_layer"],
+        d_mlp=0 if fc2 is None else fc2.shape[1],
+        mixer=_mixer_config(ssm),
+        tie_embeddings=config.get("tie_embeddings", True),
+        vocab_multiple=config.get("pad_vocab_size_multiple", 8),
+    )
+
+
+def config_to_official(config: Mamba3Config) -> dict:
+    """A `Mamba3Config` as the public config.json."""
+    mixer = config.mixer
+    if "*" in config.layers:
+        raise UserError(f"layer pattern {config.layer_pattern!r} has attention layers: the public format is saved without")
+    if not (mixer.trapezoid and mixer.B_bias and mixer.C_bias and mixer.rotation == "data_dependent"):
+        raise UserError("an ablated mixer (trapezoid, rotation or bias off) has no public counterpart")
+    ssm = {"layer": "Mamba3"} | {public: getattr(mixer, ours) for public, ours in _SSM_KEYS.items()}
+    if mixer.rank > 1:
+        ssm |= {"is_mimo": True, "mimo_rank": mixer.rank, "chunk_size": max(64 // mixer.rank, 1)}
+    if mixer.a_activation != "heavy_tail":
+        ssm["a_activation"] = mixer.a_activation
+    return {
+        "d_model": config.d_model,
+        "d_intermediate": config.d_mlp,
+        "n_layer": config.n_layers,
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": ssm,
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": config.vocab_multiple,
+        "tie_embeddings": config.tie_embeddings,
+    }
+
+
+def rotary_permutation(mixer: MixerConfig) -> Tensor:
+    """Index (N,) with ours[i] = public[index[i]] along the state dimension."""
+    d_state, pairs = mixer.d_state, mixer.rotated_pairs
+    entries = torch.arange(d_state)
+    if mixer.rank == 1:
+        rotated = entries[: 2 * pairs]
+        return torch.cat([rotated[0::2], rotated[1::2], entries[2 * pairs :]])
+    half = d_state // 2
+    first, second = entries[:half], entries[half:]
+    return torch.cat([first[:pairs], second[:pairs], first[pairs:], second[pairs:]])
+
+
+def _mixer_config(arguments: dict) -> MixerConfig:
+    _refuse_unknown(arguments, _SSM_KEYS.keys() | _IGNORED_SSM_KEYS | {"a_activation"}, "the mixer's arguments")
+    rank = arguments.get("mimo_rank", 4) if arguments.get("is_mimo") else 1
+    if arguments.get("is_mimo") and rank == 1:
+        raise UserError("is_mimo with mimo_rank 1 has no counterpart here: rank 1 is SISO, without MIMO projections")
+    fields = {ours: arguments[public] for public, ours in _SSM_KEYS.items() if public in arguments}
+    return MixerConfig(rank=rank, a_activation=arguments.get("a_activation", "heavy_tail"), **fields)
+
+
+def _translate_mixers(weights: dict[str, Tensor], model: Mamba3LM, translate) -> dict[str, Tensor]:
+    """Apply `translate(parameters, mixer)` to every layer's mixer parameters."""
+    for i, layer in enumerate(model.layers):
+        prefix = f"layers.{i}.mixer."
+        mixer = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+        weights |= {prefix + name: tensor for name, tensor in translate(mixer, layer.mixer).items()}
+    return weights
+
+
+def _mixer_to_ours(parameters: dict[str, Tensor], mixer: Mamba3Mixer) -> dict[str, Tensor]:
+    parameters = _permute_state(parameters, mixer, rotary_permutation(mixer.config))
+    if "norm.weight" in parameters:
+        parameters["norm_weight"] = parameters.pop("norm.weight").view(mixer.heads, mixer.config.head_dim)
+    return parameters
+
+
+def _mixer_to_official(parameters: dict[str, Tensor], mixer: Mamba3Mixer) -> dict[str, Tensor]:
+    parameters = _permute_state(parameters, mixer, rotary_permutation(mixer.config).argsort())
+    if "norm_weight" in parameters:
+        parameters["norm.weight"] = parameters.pop("norm_weight").flatten()
+    return parameters
+
+
+def _permute_state(parameters: dict[str, Tensor], mixer: Mamba3Mixer, index: Tensor) -> dict[str, Tensor]:
+    """Reorder the state dimension of a mixer's B and C wherever it appears."""
+    permuted = dict(parameters)
+    for name in ("B_norm.weight", "C_norm.weight", "B_bias", "C_bias"):
+        if name in permuted:
+            permuted[name] = permuted[name][..., index]
+    if "in_proj.weight" in permuted:
+        widths = mixer.in_proj_widths()
+        _check_shape("in_proj.weight", permuted["in_proj.weight"], mixer.in_proj.weight.shape)
+        parts = dict(zip(widths, permuted["in_proj.weight"].split(list(widths.values())), strict=True))
+        for name in ("B", "C"):
+            parts[name] = parts[name].unflatten(0, (-1, mixer.config.d_state))[:, index].flatten(0, 1)
+        permuted["in_proj.weight"] = torch.cat(list(parts.values()))
+    return permuted
+
+
+def _load(module: torch.nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Assign parameters, naming what is missing, left over or of the wrong shape."""
+    expected = {name: parameter.shape for name, parameter in module.named_parameters()}
+    missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
+    if missing or unexpected:
+        raise UserError(
+            f"the checkpoint does not fit its config: missing {sorted(missing) or 'nothing'}, "
+            f"unexpected {sorted(unexpected) or 'nothing'}"
+        )
+    for name, shape in expected.items():
+        _check_shape(name, state_dict[name], shape)
+    module.load_state_dict({name: tensor.clone() for name, tensor in state_dict.items()}, assign=True)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise UserError(f"parameter {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(shape)}")
+
+
+def _name_to_ours(name: str) -> str:
+    name = name.removeprefix("backbone.").replace(".norm2.", ".mlp_norm.")
+    return "norm.weight" if name == "norm_f.weight" else name
+
+
+def _name_to_official(name: str) -> str:
+    if name == "lm_head.weight":
+        return name
+    if name == "norm.weight":
+        return "backbone.norm_f.weight"
+    return "backbone." + name.replace(".mlp_norm.", ".norm2.")
+
+
+def _refuse_unknown(config: dict, known, where: str) -> None:
+    unknown = sorted(config.keys() - known)
+    if unknown:
+        raise UserError(f"{where} has {', '.join(unknown)}, which this loader does not know: a newer public format?")
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a public checkpoint folder") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    try:
+        if safe.exists():
+            return load_file(safe)
+        if pickled.exists():
+            return torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:  # both libraries raise many kinds on a damaged file
+        raise UserError(f"the weights in {folder} cannot be read: {error}") from None
+    raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")

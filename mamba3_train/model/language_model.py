@@ -1,0 +1,88 @@
+"""The language model: embedding → layers of mixer and MLP → norm → logits."""
+
+import torch
+from torch import Tensor, nn
+
+from mamba3_train.model.attention import Attention
+from mamba3_train.model.config import Mamba3Config
+from mamba3_train.model.layers import SwiGLU, TokenEmbedding
+from mamba3_train.model.mixer import Mamba3Mixer
+from mamba3_train.model.recurrent_state import LayerState, RecurrentState
+
+
+class Block(nn.Module):
+    """One layer, pre-norm: residual + mixer(norm(residual)), then the same with the MLP."""
+
+    def __init__(self, config: Mamba3Config, kind: str, kernels: str):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        if kind == "M":
+            self.mixer = Mamba3Mixer(config.d_model, config.mixer, norm_eps=config.norm_eps, kernels=kernels)
+        else:
+            self.mixer = Attention(config.d_model, config.attention)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps) if config.d_mlp else None
+        self.mlp = SwiGLU(config.d_model, config.d_mlp) if config.d_mlp else None
+
+    def forward(
+        self,
+        residual: Tensor,
+        document_ids: Tensor | None = None,
+        state: LayerState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, LayerState | None]:
+        """(batch, seqlen, d_model) residual stream → the same, and with return_state the state after the last token."""
+        mixed = self.mixer(self.norm(residual), document_ids, state, return_state)
+        mixed, new_state = mixed if return_state else (mixed, None)
+        residual = residual + mixed
+        if self.mlp is not None:
+            residual = residual + self.mlp(self.mlp_norm(residual))
+        return residual, new_state
+
+
+class Mamba3LM(nn.Module):
+    """A Mamba-3 language model, pure, hybrid or (pattern `*`) a Transformer.
+
+    The parameters are uninitialised: call `initialize` or load a checkpoint. The residual stream is float32 or wider.
+
+    Args:
+        config: all dimensions.
+        kernels: backend of the scan, see `mamba3_scan`.
+    """
+
+    def __init__(self, config: Mamba3Config, *, kernels: str = "reference"):
+        super().__init__()
+        self.config = config
+        self.embedding = TokenEmbedding(config.padded_vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, kind, kernels) for kind in config.layers)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        state: RecurrentState | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, RecurrentState]:
+        """Logits of the next token.
+
+        Args:
+            input_ids: (batch, seqlen) int64.
+            document_ids: (batch, seqlen) integers, non-decreasing along a row; every document starts afresh.
+            state: continues each row's first document.
+            return_state: also return the state after the last token.
+
+        Returns:
+            (batch, seqlen, padded vocabulary); with return_state also the state.
+        """
+        residual = self.embedding(input_ids)
+        residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        states = []
+        for i, layer in enumerate(self.layers):
+            residual, layer_state = layer(residual, document_ids, None if state is None else state[i], return_state)
+            states.append(layer_state)
+        hidden = self.norm(residual)
+        logits = self.embedding(hidden, unembed=True) if self.lm_head is None else self.lm_head(hidden)
+        return (logits, tuple(states)) if return_state else logits

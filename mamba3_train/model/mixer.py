@@ -1,0 +1,116 @@
+"""The Mamba-3 mixer: project → norm of B and C → scan → project (paper §3)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba3_train.kernels import ScanState, mamba3_scan
+from mamba3_train.model.config import MixerConfig
+
+
+class Mamba3Mixer(nn.Module):
+    """Sequence mixing by a complex state with exponential-trapezoidal steps, SISO (rank 1) or MIMO.
+
+    Args:
+        d_model: width of input and output.
+        config: the mixer's dimensions.
+        norm_eps: epsilon of all norms in it.
+        kernels: backend of the scan, see `mamba3_scan`.
+    """
+
+    def __init__(
+        self, d_model: int, config: MixerConfig, *, norm_eps: float = 1e-5, kernels: str = "reference"
+    ):
+        super().__init__()
+        self.d_model, self.config, self.norm_eps, self.kernels = d_model, config, norm_eps, kernels
+        self.heads = config.heads(d_model)
+        heads, rank, d_state, head_dim = self.heads, config.rank, config.d_state, config.head_dim
+        self.in_proj = nn.Linear(d_model, sum(self.in_proj_widths().values()), bias=False)
+        self.B_norm = nn.RMSNorm(d_state, eps=norm_eps)
+        self.C_norm = nn.RMSNorm(d_state, eps=norm_eps)
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.B_bias = _parameter(config.B_bias, heads, rank, d_state)
+        self.C_bias = _parameter(config.C_bias, heads, rank, d_state)
+        self.mimo_x = _parameter(rank > 1, heads, rank, head_dim)
+        self.mimo_z = _parameter(rank > 1, heads, rank, head_dim)
+        self.mimo_o = _parameter(rank > 1, heads, rank, head_dim)
+        self.norm_weight = _parameter(config.output_norm, heads, head_dim)
+        self.out_proj = nn.Linear(heads * head_dim, d_model, bias=False)
+
+    def in_proj_widths(self) -> dict[str, int]:
+        """Columns of the input projection, in order."""
+        config, heads = self.config, self.heads
+        inner, shared = heads * config.head_dim, config.rank * config.groups * config.d_state
+        data_dependent = config.rotation == "data_dependent"
+        return {
+            "z": inner,
+            "x": inner,
+            "B": shared,
+            "C": shared,
+            "dt": heads,
+            "A": heads,
+            "trap": heads if config.trapezoid else 0,
+            "angles": config.rotated_pairs if data_dependent else 0,
+        }
+
+    def forward(
+        self,
+        u: Tensor,
+        document_ids: Tensor | None = None,
+        state: ScanState | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, ScanState]:
+        """(batch, seqlen, d_model) → the same shape; document_ids, state and return_state as in `mamba3_scan`."""
+        config = self.config
+        z, x, B, C, dt, A, trap, angles = self.in_proj(u).split(list(self.in_proj_widths().values()), dim=-1)
+        z, x = (v.unflatten(-1, (self.heads, config.head_dim)) for v in (z, x))
+        B, C = (v.unflatten(-1, (config.rank, config.groups, config.d_state)) for v in (B, C))
+        # Step sizes and decays stay in the parameters' own precision whatever autocast does to the projection.
+        precise = self.dt_bias.dtype
+        scanned = mamba3_scan(
+            x,
+            self.B_norm(B).to(x.dtype),
+            self.C_norm(C).to(x.dtype),
+            F.softplus(dt.to(precise) + self.dt_bias),
+            self._decay_rate(A.to(precise)),
+            trap if config.trapezoid else None,
+            self._angles(angles),
+            self.B_bias,
+            self.C_bias,
+            self.D,
+            z,
+            self.mimo_x,
+            self.mimo_z,
+            self.mimo_o,
+            norm_weight=self.norm_weight,
+            norm_eps=self.norm_eps,
+            document_ids=document_ids,
+            initial_state=state,
+            return_state=return_state,
+            backend=self.kernels,
+        )
+        y, new_state = scanned if return_state else (scanned, None)
+        out = self.out_proj(y.flatten(-2))
+        return (out, new_state) if return_state else out
+
+    def _decay_rate(self, a: Tensor) -> Tensor:
+        """A < 0. heavy_tail(a) is 1 + a for a ≥ 0 and 1 / (1 − a) below: positive, with a gradient that dies slowly."""
+        if self.config.a_activation == "softplus":
+            rate = F.softplus(a)
+        else:
+            rate = torch.where(a >= 0, 1 + a, 1 / (1 - a.clamp(max=0)))
+        return -rate.clamp(min=self.config.a_floor)
+
+    def _angles(self, angles: Tensor) -> Tensor | None:
+        """Logits of the rotation, or the fixed frequencies of rotary embedding (θ_i = 10000^(−i/S)), or None."""
+        if self.config.rotation == "none":
+            return None
+        if self.config.rotation == "data_dependent":
+            return angles
+        pairs = self.config.rotated_pairs
+        return 10_000.0 ** (-torch.arange(pairs, device=angles.device, dtype=torch.float32) / pairs)
+
+
+def _parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.empty(shape)) if wanted else None
