@@ -1,0 +1,223 @@
+"""Per-token scales of every head: log decay, key scale, diagonal scale and rotation phase, summed along each chunk.
+
+    log_decay_t = Σ_{s ≤ t} dt_s A_s · log2(e)          key_log_t = log_decay_t − log2(f_t)
+    f_t = λ_t dt_t + (1 − λ_{t+1}) dt_{t+1}             diagonal_t = λ_t dt_t
+    phase_t = Σ_{s ≤ t} tanh(angles_s) dt_s / 2         (in turns; fixed angles: angles / 2π a token)
+
+Sums run over the tokens of t's document inside t's chunk (reference: `token_scales`, `cumsum_within_documents`). They are
+products with a 0/1 matrix: the same code with and without documents, and another document's tokens enter as exact zeros.
+Logs are base 2 so that the other kernels use exp2 directly. Everything is (batch, heads, padded length), the length padded
+to whole chunks; padding tokens have f = diagonal = 0, repeat the last log decay and phase, and so change nothing.
+"""
+
+import triton
+import triton.language as tl
+
+HEAD_BLOCK = 16
+
+
+@triton.jit
+def _inside_document(document_ids, batch_start, token, seqlen, CHUNK: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """1 where a chunk's column token comes no later than its row token and in the same document: (CHUNK, CHUNK)."""
+    index = tl.arange(0, CHUNK)
+    inside = index[:, None] >= index[None, :]
+    if DOCUMENTS:
+        row = tl.load(document_ids + batch_start + tl.minimum(token, seqlen - 1))
+        inside &= row[:, None] == tl.load(document_ids + batch_start + tl.minimum(token, seqlen - 1))[None, :]
+    return tl.where(inside, 1.0, 0.0)
+
+
+@triton.jit
+def _same_document(document_ids, batch_start, token, other, seqlen, DOCUMENTS: tl.constexpr):
+    """Whether two tokens of a row, both inside it after clamping, belong to one document."""
+    if DOCUMENTS:
+        last = seqlen - 1
+        here = tl.load(document_ids + batch_start + tl.minimum(tl.maximum(token, 0), last))
+        there = tl.load(document_ids + batch_start + tl.minimum(tl.maximum(other, 0), last))
+        return here == there
+    else:
+        return token == token
+
+
+@triton.jit
+def _mix(trap, at, inside):
+    """λ: sigmoid of trap, or 1 where there is no trapezoid."""
+    if trap is None:
+        return tl.where(inside, 1.0, 1.0)
+    else:
+        return tl.sigmoid(tl.load(trap + at, mask=inside, other=0.0).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["seqlen", "chunks"])
+def token_scales_kernel(
+    dt, A, trap, angles, document_ids, log_decay, key_log, diagonal, chunk_decay, phase, seqlen, chunks,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, FIXED_ANGLES: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+):  # fmt: skip
+    DOCUMENTS: tl.constexpr = document_ids is not None
+    blocks: tl.constexpr = (HEADS + HEAD_BLOCK - 1) // HEAD_BLOCK
+    chunk = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    batch = tl.program_id(1).to(tl.int64)
+    start = batch * seqlen
+    head = block * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    valid = (token < seqlen)[:, None] & (head < HEADS)[None, :]
+    at = (start + token)[:, None] * HEADS + head[None, :]
+    summing = _inside_document(document_ids, start, token, seqlen, CHUNK, DOCUMENTS)
+
+    step = tl.load(dt + at, mask=valid, other=0.0).to(tl.float32)
+    rate = tl.load(A + at, mask=valid, other=0.0).to(tl.float32)
+    # [C, C] @ [C, heads] -> [C, heads]
+    decay = tl.dot(summing, step * rate * 1.4426950408889634, input_precision="tf32x3")
+    gamma = _mix(trap, at, valid) * step
+    scale = gamma
+    if trap is not None:
+        ahead = valid & (token + 1 < seqlen)[:, None]
+        ahead &= _same_document(document_ids, start, token, token + 1, seqlen, DOCUMENTS)[:, None]
+        next_step = tl.load(dt + at + HEADS, mask=ahead, other=0.0).to(tl.float32)
+        scale += tl.where(ahead, (1 - _mix(trap, at + HEADS, ahead)) * next_step, 0.0)
+
+    length = chunks * CHUNK
+    out = (batch * HEADS + head)[None, :] * length + token[:, None]
+    known = (head < HEADS)[None, :]
+    tl.store(log_decay + out, decay, mask=known)
+    tl.store(key_log + out, decay - tl.log2(scale), mask=known)
+    tl.store(diagonal + out, gamma, mask=known)
+    is_last = (tl.arange(0, CHUNK) == CHUNK - 1)[:, None]
+    total = tl.exp2(tl.sum(tl.where(is_last, decay, 0.0), axis=0))
+    if DOCUMENTS:  # the state dies in a chunk that ends in another document than the one running before it
+        before = tl.load(document_ids + start + tl.maximum(chunk * CHUNK - 1, 0))
+        last = tl.load(document_ids + start + tl.minimum(chunk * CHUNK + CHUNK, seqlen) - 1)
+        total = tl.where(before == last, total, 0.0)
+    tl.store(chunk_decay + (batch * HEADS + head) * chunks + chunk, total, mask=head < HEADS)
+
+    if PAIRS > 0:
+        pair = tl.arange(0, PAIR_BLOCK)
+        known = (token < seqlen)[:, None] & (pair < PAIRS)[None, :]
+        if FIXED_ANGLES:
+            logits = tl.load(angles + pair, mask=pair < PAIRS, other=0.0).to(tl.float32)
+            turn = tl.where(known, logits[None, :] * 0.15915494309189535, 0.0)
+        else:
+            logits = tl.load(angles + (start + token)[:, None] * PAIRS + pair[None, :], mask=known, other=0.0)
+            turn = tl.sigmoid(2 * logits.to(tl.float32)) - 0.5  # tanh(logits) / 2
+        for i in range(HEAD_BLOCK):
+            this = block * HEAD_BLOCK + i
+            if this < HEADS:
+                increment = turn
+                if not FIXED_ANGLES:
+                    step_of_head = tl.load(dt + (start + token) * HEADS + this, mask=token < seqlen, other=0.0)
+                    increment = turn * step_of_head.to(tl.float32)[:, None]
+                # [C, C] @ [C, S] -> [C, S]
+                turns = tl.dot(summing, increment, input_precision="tf32x3")
+                turns -= tl.floor(turns + 0.5)
+                to = phase + ((batch * HEADS + this) * length + token)[:, None] * PAIRS + pair[None, :]
+                if phase.dtype.element_ty == tl.int16:
+                    # A turn of exactly one half wraps to −2¹⁵, which is the same angle.
+                    turns = tl.floor(turns * 65536 + 0.5)
+                    turns = tl.where(turns > 32767, turns - 65536, turns)
+                tl.store(to, turns.to(phase.dtype.element_ty), mask=(pair < PAIRS)[None, :] & (token >= 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["seqlen", "chunks"])
+def token_scales_backward_kernel(
+    dt, A, trap, angles, document_ids, key_inner, query_inner, d_diagonal, d_phase, state_inner, d_chunk_turn,
+    d_dt, d_A, d_trap, d_angles, seqlen, chunks,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, FIXED_ANGLES: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr, INITIAL_STATE: tl.constexpr, INNER_PARTS: tl.constexpr, TURN_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of dt, A, trap and angles from those of the scales.
+
+    query_inner, key_inner: ⟨q, dq⟩ and ⟨k, dk⟩ of each token, ranks summed; their difference is the gradient by log
+    decay, because a decay scales every product of an earlier key with a later query. The key's off-diagonal part is
+    f · df. state_inner: ⟨S, dS⟩ at each chunk's end, in INNER_PARTS (a power of two) partial sums: it counts for every
+    decay of the chunk's last document. d_phase, d_chunk_turn: the same for the angle, in TURN_PARTS. d_angles: one (batch, seqlen, PAIRS) a head block.
+    """
+    DOCUMENTS: tl.constexpr = document_ids is not None
+    blocks: tl.constexpr = (HEADS + HEAD_BLOCK - 1) // HEAD_BLOCK
+    chunk = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    batch = tl.program_id(1).to(tl.int64)
+    start = batch * seqlen
+    length = chunks * CHUNK
+    head = block * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    valid = (token < seqlen)[:, None] & (head < HEADS)[None, :]
+    at = (start + token)[:, None] * HEADS + head[None, :]
+    scratch = (batch * HEADS + head)[None, :] * length + token[:, None]
+    summing = tl.trans(_inside_document(document_ids, start, token, seqlen, CHUNK, DOCUMENTS))
+    in_last = _same_document(document_ids, start, token, chunk * CHUNK + CHUNK - 1, seqlen, DOCUMENTS)
+    goes_on = _same_document(document_ids, start, token, token - 1, seqlen, DOCUMENTS)  # not a document's first token
+    if not INITIAL_STATE:
+        goes_on &= token > 0
+
+    part = ((batch * HEADS + head)[:, None] * chunks + chunk) * INNER_PARTS + tl.arange(0, INNER_PARTS)[None, :]
+    at_end = tl.load(state_inner + part, mask=(head < HEADS)[:, None], other=0.0)
+    keys = tl.load(key_inner + scratch, mask=valid, other=0.0)
+    # [C, C] @ [C, heads] -> [C, heads]
+    d_log = tl.dot(summing, tl.load(query_inner + scratch, mask=valid, other=0.0) - keys, input_precision="tf32x3")
+    d_log += tl.where(in_last[:, None], tl.sum(at_end, axis=1)[None, :], 0.0)
+    d_log = tl.where(goes_on[:, None], d_log, 0.0)
+
+    step = tl.load(dt + at, mask=valid, other=0.0).to(tl.float32)
+    mix = _mix(trap, at, valid)
+    by_diagonal = tl.load(d_diagonal + scratch, mask=valid, other=0.0)
+    scale = mix * step
+    d_scale_before = tl.zeros_like(step)
+    by_scale = keys - by_diagonal * scale
+    if trap is not None:
+        ahead = valid & (token + 1 < seqlen)[:, None]
+        ahead &= _same_document(document_ids, start, token, token + 1, seqlen, DOCUMENTS)[:, None]
+        next_step = tl.load(dt + at + HEADS, mask=ahead, other=0.0).to(tl.float32)
+        scale += tl.where(ahead, (1 - _mix(trap, at + HEADS, ahead)) * next_step, 0.0)
+        back = valid & (token > 0)[:, None]
+        back &= _same_document(document_ids, start, token, token - 1, seqlen, DOCUMENTS)[:, None]
+        step_before = tl.load(dt + at - HEADS, mask=back, other=0.0).to(tl.float32)
+        gamma_before = _mix(trap, at - HEADS, back) * step_before
+        scale_before = gamma_before + (1 - mix) * step
+        keys_before = tl.load(key_inner + scratch - 1, mask=back, other=0.0)
+        keys_before -= tl.load(d_diagonal + scratch - 1, mask=back, other=0.0) * gamma_before
+        d_scale_before = tl.where(back & (scale_before > 0), keys_before / scale_before, 0.0)
+    d_scale = tl.where(scale > 0, by_scale / scale, 0.0) + by_diagonal
+
+    rate = tl.load(A + at, mask=valid, other=0.0).to(tl.float32)
+    d_step = rate * d_log + mix * d_scale + (1 - mix) * d_scale_before
+    tl.store(d_A + at, (step * d_log).to(d_A.dtype.element_ty), mask=valid)
+    if trap is not None:
+        d_logit = step * (d_scale - d_scale_before) * mix * (1 - mix)
+        tl.store(d_trap + at, d_logit.to(d_trap.dtype.element_ty), mask=valid)
+
+    if PAIRS > 0:
+        pair = tl.arange(0, PAIR_BLOCK)
+        known = (token < seqlen)[:, None] & (pair < PAIRS)[None, :]
+        here = (start + token)[:, None] * PAIRS + pair[None, :]
+        turn = tl.zeros((CHUNK, PAIR_BLOCK), tl.float32)
+        if not FIXED_ANGLES:  # π · tanh(logits)
+            logits = tl.load(angles + here, mask=known, other=0.0).to(tl.float32)
+            turn = 3.141592653589793 * (2 * tl.sigmoid(2 * logits) - 1)
+        total = tl.zeros((CHUNK, PAIR_BLOCK), tl.float32)
+        for i in range(HEAD_BLOCK):
+            this = block * HEAD_BLOCK + i
+            if this < HEADS:
+                of_head = batch * HEADS + this
+                by_phase = tl.load(d_phase + (of_head * length + token)[:, None] * PAIRS + pair[None, :], mask=known,
+                                   other=0.0)  # fmt: skip
+                piece = (of_head * chunks + chunk) * TURN_PARTS + tl.arange(0, TURN_PARTS)
+                by_end = tl.load(d_chunk_turn + piece[:, None] * PAIRS + pair[None, :], mask=(pair < PAIRS)[None, :],
+                                 other=0.0)  # fmt: skip
+                # [C, C] @ [C, S] -> [C, S]
+                d_turn = tl.dot(summing, by_phase, input_precision="tf32x3")
+                d_turn += tl.where(in_last[:, None], tl.sum(by_end, axis=0)[None, :], 0.0)
+                d_turn = tl.where(goes_on[:, None], d_turn, 0.0)
+                if FIXED_ANGLES:
+                    total += tl.where(known, d_turn, 0.0)
+                else:
+                    step_of_head = tl.load(dt + (start + token) * HEADS + this, mask=token < seqlen, other=0.0)
+                    total += d_turn * step_of_head.to(tl.float32)[:, None]
+                    from_turn = tl.sum(turn * d_turn, axis=1)
+                    d_step += tl.where((tl.arange(0, HEAD_BLOCK) == i)[None, :], from_turn[:, None], 0.0)
+        if not FIXED_ANGLES:  # d tanh = 1 − tanh²
+            total *= 3.141592653589793 - turn * turn * 0.3183098861837907
+        out = d_angles + block * (tl.num_programs(1).to(tl.int64) * seqlen * PAIRS) + here
+        tl.store(out, total, mask=known)
+    tl.store(d_dt + at, d_step.to(d_dt.dtype.element_ty), mask=valid)

@@ -1,0 +1,324 @@
+"""The Triton scan, forward and backward: the kernel stages strung together on plain tensors, no autograd here.
+
+Heads are taken in passes of `launch.heads`, so the workspace (states, per-head gradients of B and C) stays small and
+close to the L2 cache. The backward keeps nothing of the forward but its inputs and recomputes states pass by pass.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from mamba3_train.kernels import chunk_key, chunk_output, chunk_state, head_sum, state_passing, token_scales
+from mamba3_train.kernels.launch import Launch, choose, heads_in_pass, interpreted
+
+
+class Inputs(NamedTuple):
+    """Contiguous tensors of the scan, shaped as in `scan.mamba3_scan`.
+
+    initial: (batch, H, P, N) float32, the state before the first token, its look-ahead already in it.
+    """
+
+    x: Tensor
+    B: Tensor
+    C: Tensor
+    dt: Tensor
+    A: Tensor
+    trap: Tensor | None
+    angles: Tensor | None
+    B_bias: Tensor | None
+    C_bias: Tensor | None
+    D: Tensor | None
+    z: Tensor | None
+    mimo_x: Tensor | None
+    mimo_z: Tensor | None
+    mimo_o: Tensor | None
+    norm_weight: Tensor | None
+    document_ids: Tensor | None
+    initial: Tensor | None
+
+
+class Scales(NamedTuple):
+    """Results of `token_scales`: (batch, H, padded length) each, chunk_decay (batch, H, chunks), phase (…, S)."""
+
+    log_decay: Tensor
+    key_log: Tensor
+    diagonal: Tensor
+    chunk_decay: Tensor
+    phase: Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one call and what follows from them."""
+
+    batch: int
+    seqlen: int
+    heads: int
+    groups: int
+    head_dim: int
+    d_state: int
+    pairs: int
+    rank: int
+    dtype: torch.dtype
+    device: torch.device
+    launch: Launch
+
+    @classmethod
+    def of(cls, inputs: Inputs, launch: Launch | None = None) -> "Sizes":
+        batch, seqlen, heads, head_dim = inputs.x.shape
+        rank, groups, d_state = inputs.B.shape[2:]
+        pairs = 0 if inputs.angles is None else inputs.angles.shape[-1]
+        dtype, device = inputs.x.dtype, inputs.x.device
+        launch = launch or choose(rank, head_dim, d_state, dtype)
+        return cls(batch, seqlen, heads, groups, head_dim, d_state, pairs, rank, dtype, device, launch)
+
+    @cached_property
+    def chunks(self) -> int:
+        return -(-self.seqlen // self.launch.chunk)
+
+    @cached_property
+    def padded(self) -> int:
+        return self.chunks * self.launch.chunk
+
+    @cached_property
+    def heads_here(self) -> int:
+        return heads_in_pass(self.heads, self.groups, self.launch.heads)
+
+    @cached_property
+    def column_pairs(self) -> int:
+        """Largest power of two up to 16 that divides the rotated and all pairs of columns."""
+        return gcd(gcd(self.pairs, self.d_state // 2), 16)
+
+    @cached_property
+    def pair_block(self) -> int:
+        return max(16, triton.next_power_of_2(self.pairs))
+
+    @cached_property
+    def hardware_trig(self) -> bool:
+        return not interpreted() and torch.version.hip is None
+
+    @cached_property
+    def chunk_constants(self) -> dict:
+        """Compile-time arguments that the chunk kernels share."""
+        return {
+            "HEADS": self.heads, "GROUPS": self.groups, "HEAD_DIM": self.head_dim, "D_STATE": self.d_state,
+            "PAIRS": self.pairs, "RANK": self.rank, "CHUNK": self.launch.chunk, "TILE": self.launch.tile,
+            "PAIR_BLOCK": self.pair_block,
+            "REST_BLOCK": max(16, triton.next_power_of_2(self.d_state - 2 * self.pairs)),
+            "HEADS_HERE": self.heads_here, "HARDWARE_TRIG": self.hardware_trig,
+            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
+        }  # fmt: skip
+
+    @cached_property
+    def passing_constants(self) -> dict:
+        return {
+            "HEADS": self.heads, "HEADS_HERE": self.heads_here, "HEAD_DIM": self.head_dim, "D_STATE": self.d_state,
+            "PAIRS": self.pairs, "CHUNK": self.launch.chunk, "ROWS": state_passing.ROWS,
+            "COLUMN_PAIRS": self.column_pairs, "HARDWARE_TRIG": self.hardware_trig,
+        }  # fmt: skip
+
+    @cached_property
+    def inner_parts(self) -> int:
+        """Partial sums of S · dS a chunk: one a program of the state passing, padded to a power of two."""
+        return triton.next_power_of_2(self.passing_programs)
+
+    @cached_property
+    def passing_programs(self) -> int:
+        return self.head_dim // state_passing.ROWS * (self.d_state // 2 // self.column_pairs)
+
+    def passes(self):
+        return range(0, self.heads, self.heads_here)
+
+    def chunk_grid(self) -> tuple[int, int]:
+        return self.chunks * self.heads_here, self.batch
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def state_slots(self, slots: int) -> Tensor:
+        """One state for each slot and head of a pass."""
+        return self.empty(self.batch, slots, self.heads_here, self.head_dim, self.d_state, dtype=self.dtype)
+
+
+def scan_forward(inputs: Inputs, norm_eps: float, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+    """Outputs (batch, seqlen, H, P) and the last state (batch, H, P, N) float32."""
+    sizes = Sizes.of(inputs, launch)
+    scales = compute_scales(sizes, inputs)
+    out = torch.empty_like(inputs.x)
+    last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
+    for head in sizes.passes():
+        before = compute_states(sizes, inputs, scales, head, last)
+        chunk_output.chunk_outputs_kernel[sizes.chunk_grid()](
+            *_rows_arguments(inputs), *scales[:3], scales.phase, before, out, norm_eps, sizes.seqlen, sizes.chunks, head,
+            **sizes.chunk_constants, num_warps=sizes.launch.outputs_warps, num_stages=1,
+        )  # fmt: skip
+    return out, last
+
+
+def scan_backward(
+    inputs: Inputs, norm_eps: float, d_out: Tensor, d_last: Tensor | None, launch: Launch | None = None
+) -> Inputs:
+    """Gradients of all inputs, in their own dtypes; None where the input is None (and for document_ids)."""
+    sizes = Sizes.of(inputs, launch)
+    scales = compute_scales(sizes, inputs)
+    batch, heads, pairs, padded, chunks = sizes.batch, sizes.heads, sizes.pairs, sizes.padded, sizes.chunks
+    per_token = (batch, heads, padded)
+    grads = {
+        "x": torch.empty_like(inputs.x),
+        "z": None if inputs.z is None else torch.empty_like(inputs.z),
+        "B": sizes.empty(*inputs.B.shape),
+        "C": sizes.empty(*inputs.C.shape),
+        "initial": None if inputs.initial is None else torch.empty_like(inputs.initial),
+    }
+    inner = torch.empty_like if sizes.inner_parts == sizes.passing_programs else torch.zeros_like
+    scale_grads = {
+        "query_inner": sizes.empty(*per_token), "key_inner": sizes.empty(*per_token),
+        "d_diagonal": sizes.empty(*per_token), "d_phase": sizes.empty(*per_token, pairs),
+        "state_inner": inner(sizes.empty(batch, heads, chunks, sizes.inner_parts)),
+        "d_chunk_turn": sizes.empty(batch, heads, chunks, sizes.head_dim // state_passing.ROWS, pairs),
+    }  # fmt: skip
+    partial = _partial_sums(sizes, inputs)
+    for head in sizes.passes():
+        _backward_pass(sizes, inputs, scales, norm_eps, d_out, d_last, head, grads, scale_grads, partial)
+    grads |= _scales_backward(sizes, inputs, scale_grads)
+    grads |= {name: None if tensor is None else tensor.sum((0, 1)) for name, tensor in partial.items()}
+    grads["document_ids"] = None
+    ordered = (grads[name] for name in Inputs._fields)
+    return Inputs(*(g if g is None else g.to(i.dtype) for g, i in zip(ordered, inputs, strict=True)))
+
+
+def compute_scales(sizes: Sizes, inputs: Inputs) -> Scales:
+    """Stage 1, all heads at once."""
+    per_token = (sizes.batch, sizes.heads, sizes.padded)
+    phase_dtype = torch.float32 if sizes.dtype == torch.float32 else torch.int16
+    scales = Scales(
+        sizes.empty(*per_token), sizes.empty(*per_token), sizes.empty(*per_token),
+        sizes.empty(sizes.batch, sizes.heads, sizes.chunks), sizes.empty(*per_token, sizes.pairs, dtype=phase_dtype),
+    )  # fmt: skip
+    token_scales.token_scales_kernel[_scales_grid(sizes)](
+        *_scales_arguments(inputs), *scales, sizes.seqlen, sizes.chunks, **_scales_constants(sizes, inputs), num_warps=4
+    )
+    return scales
+
+
+def compute_states(sizes: Sizes, inputs: Inputs, scales: Scales, head: int, last: Tensor) -> Tensor:
+    """Stages 2 and 3 for one pass: the state before each chunk and after the last, (batch, chunks + 1, …)."""
+    local = sizes.state_slots(sizes.chunks)
+    before = sizes.state_slots(sizes.chunks + 1)
+    chunk_state.chunk_states_kernel[sizes.chunk_grid()](
+        inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.log_decay, scales.key_log,
+        scales.phase, local, sizes.seqlen, sizes.chunks, head,
+        BACKWARD=False, **sizes.chunk_constants, num_warps=sizes.launch.states_warps, num_stages=1,
+    )  # fmt: skip
+    state_passing.state_passing_kernel[(sizes.passing_programs, sizes.heads_here, sizes.batch)](
+        local, inputs.initial, scales.chunk_decay, scales.phase, before, last, sizes.chunks, head,
+        **sizes.passing_constants, num_warps=1,
+    )  # fmt: skip
+    return before
+
+
+def _backward_pass(sizes, inputs, scales, norm_eps, d_out, d_last, head, grads, scale_grads, partial):
+    """All gradients of one pass's heads; those of B and C are added to the earlier passes'."""
+    last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
+    before = compute_states(sizes, inputs, scales, head, last)
+    rows = (sizes.batch, sizes.heads_here, sizes.padded * sizes.rank)
+    d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
+    d_vectors = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
+    constants = sizes.chunk_constants | {"num_stages": 1}
+    chunk_output.chunk_outputs_backward_kernel[sizes.chunk_grid()](
+        *_rows_arguments(inputs), *scales[:3], scales.phase, before, d_out, d_y, grads["z"], d_vectors,
+        scale_grads["d_phase"], scale_grads["query_inner"], partial["mimo_z"], partial["mimo_o"],
+        partial["norm_weight"], norm_eps, sizes.seqlen, sizes.chunks, head,
+        **constants, num_warps=sizes.launch.outputs_backward_warps,
+    )  # fmt: skip
+    _sum_heads(sizes, d_vectors, grads["C"], partial["C_bias"], head)
+
+    d_local, d_at_end = sizes.state_slots(sizes.chunks), sizes.state_slots(sizes.chunks)
+    d_initial = last if grads["initial"] is None else grads["initial"]
+    chunk_state.chunk_states_kernel[sizes.chunk_grid()](
+        d_y, None, inputs.C, inputs.C_bias, inputs.document_ids, scales.log_decay, scales.key_log, scales.phase,
+        d_local, sizes.seqlen, sizes.chunks, head, BACKWARD=True, **constants, num_warps=sizes.launch.states_warps,
+    )  # fmt: skip
+    state_passing.state_passing_backward_kernel[(sizes.passing_programs, sizes.heads_here, sizes.batch)](
+        d_local, d_last, before, scales.chunk_decay, scales.phase, d_at_end, d_initial, scale_grads["state_inner"],
+        scale_grads["d_chunk_turn"], sizes.chunks, head,
+        INNER_PARTS=sizes.inner_parts, **sizes.passing_constants, num_warps=1,
+    )  # fmt: skip
+    chunk_key.chunk_keys_backward_kernel[sizes.chunk_grid()](
+        inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.D, inputs.mimo_x, inputs.document_ids,
+        *scales[:3], scales.phase, d_at_end, d_y, grads["x"], d_vectors, scale_grads["d_phase"],
+        scale_grads["key_inner"], scale_grads["d_diagonal"], partial["D"], partial["mimo_x"], sizes.seqlen,
+        sizes.chunks, head, **constants, num_warps=sizes.launch.keys_backward_warps,
+    )  # fmt: skip
+    _sum_heads(sizes, d_vectors, grads["B"], partial["B_bias"], head)
+
+
+def _sum_heads(sizes: Sizes, per_head: Tensor, total: Tensor, d_bias: Tensor | None, head: int) -> None:
+    groups_here = max(1, sizes.heads_here * sizes.groups // sizes.heads)
+    head_sum.head_sum_kernel[(triton.cdiv(sizes.seqlen, head_sum.TOKENS), sizes.rank * groups_here, sizes.batch)](
+        per_head, total, d_bias, sizes.seqlen, sizes.padded, head,
+        HEADS=sizes.heads, GROUPS=sizes.groups, D_STATE=sizes.d_state,
+        STATE_BLOCK=triton.next_power_of_2(sizes.d_state), RANK=sizes.rank, HEADS_HERE=sizes.heads_here,
+        TOKENS=head_sum.TOKENS, num_warps=4,
+    )  # fmt: skip
+
+
+def _scales_backward(sizes: Sizes, inputs: Inputs, scale_grads: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """Gradients of dt, A, trap and angles."""
+    blocks = triton.cdiv(sizes.heads, token_scales.HEAD_BLOCK)
+    d_dt, d_A = torch.empty_like(inputs.dt), torch.empty_like(inputs.A)
+    d_trap = None if inputs.trap is None else torch.empty_like(inputs.trap)
+    d_angles = sizes.empty(blocks, sizes.batch, sizes.seqlen, sizes.pairs)
+    names = ("key_inner", "query_inner", "d_diagonal", "d_phase", "state_inner", "d_chunk_turn")
+    token_scales.token_scales_backward_kernel[_scales_grid(sizes)](
+        *_scales_arguments(inputs), *(scale_grads[name] for name in names), d_dt, d_A, d_trap, d_angles, sizes.seqlen,
+        sizes.chunks, **_scales_constants(sizes, inputs), INITIAL_STATE=inputs.initial is not None,
+        INNER_PARTS=sizes.inner_parts, TURN_PARTS=sizes.head_dim // state_passing.ROWS, num_warps=4,
+    )  # fmt: skip
+    if inputs.angles is None:
+        d_angles = None
+    else:
+        d_angles = d_angles.sum((0, 1, 2) if inputs.angles.dim() == 1 else 0)
+    return {"dt": d_dt, "A": d_A, "trap": d_trap, "angles": d_angles}
+
+
+def _partial_sums(sizes: Sizes, inputs: Inputs) -> dict[str, Tensor | None]:
+    """Buffers for gradients of per-head weights, (batch, parts, …weight's shape), summed at the end."""
+    token_blocks = triton.cdiv(sizes.seqlen, head_sum.TOKENS)
+    weights = {
+        name: getattr(inputs, name) for name in ("B_bias", "C_bias", "D", "mimo_x", "mimo_z", "mimo_o", "norm_weight")
+    }
+    return {
+        name: None
+        if weight is None
+        else sizes.empty(sizes.batch, token_blocks if "bias" in name else sizes.chunks, *weight.shape)
+        for name, weight in weights.items()
+    }
+
+
+def _rows_arguments(inputs: Inputs) -> tuple:
+    return (
+        inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.D, inputs.z, inputs.mimo_x, inputs.mimo_z,
+        inputs.mimo_o, inputs.norm_weight, inputs.document_ids,
+    )  # fmt: skip
+
+
+def _scales_arguments(inputs: Inputs) -> tuple:
+    return inputs.dt, inputs.A, inputs.trap, inputs.angles, inputs.document_ids
+
+
+def _scales_grid(sizes: Sizes) -> tuple[int, int]:
+    return sizes.chunks * triton.cdiv(sizes.heads, token_scales.HEAD_BLOCK), sizes.batch
+
+
+def _scales_constants(sizes: Sizes, inputs: Inputs) -> dict:
+    return {
+        "HEADS": sizes.heads, "PAIRS": sizes.pairs, "CHUNK": sizes.launch.chunk, "PAIR_BLOCK": sizes.pair_block,
+        "FIXED_ANGLES": inputs.angles is not None and inputs.angles.dim() == 1,
+        "HEAD_BLOCK": token_scales.HEAD_BLOCK,
+    }  # fmt: skip
