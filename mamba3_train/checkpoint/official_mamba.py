@@ -120,7 +120,9 @@ def config_to_official(config: Mamba3Config) -> dict:
     """A `Mamba3Config` as the public config.json."""
     mixer = config.mixer
     if "*" in config.layers:
-        raise UserError(f"layer pattern {config.layer_pattern!r} has attention layers: the public format is saved without")
+        raise UserError(
+            f"layer pattern {config.layer_pattern!r} has attention layers: the public format is saved without"
+        )
     if not (mixer.trapezoid and mixer.B_bias and mixer.C_bias and mixer.rotation == "data_dependent"):
         raise UserError("an ablated mixer (trapezoid, rotation or bias off) has no public counterpart")
     ssm = {"layer": "Mamba3"} | {public: getattr(mixer, ours) for public, ours in _SSM_KEYS.items()}

@@ -48,7 +48,9 @@ class MixerConfig:
         _one_of("mixer.rotation", self.rotation, ROTATIONS)
         _one_of("mixer.rope_fraction", self.rope_fraction, (0.5, 1.0))
         if self.rotated_pairs == 0 and self.rotation != "none":
-            raise UserError(f"mixer.d_state={self.d_state} is too small to rotate: use at least 4, or mixer.rotation=none")
+            raise UserError(
+                f"mixer.d_state={self.d_state} is too small to rotate: use at least 4, or mixer.rotation=none"
+            )
         if not 0 < self.dt_init_floor <= self.dt_min <= self.dt_max:
             raise UserError(
                 "mixer.dt_init_floor, dt_min and dt_max must be positive and in this order, "

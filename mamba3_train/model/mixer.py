@@ -18,9 +18,7 @@ class Mamba3Mixer(nn.Module):
         kernels: backend of the scan, see `mamba3_scan`.
     """
 
-    def __init__(
-        self, d_model: int, config: MixerConfig, *, norm_eps: float = 1e-5, kernels: str = "reference"
-    ):
+    def __init__(self, d_model: int, config: MixerConfig, *, norm_eps: float = 1e-5, kernels: str = "reference"):
         super().__init__()
         self.d_model, self.config, self.norm_eps, self.kernels = d_model, config, norm_eps, kernels
         self.heads = config.heads(d_model)

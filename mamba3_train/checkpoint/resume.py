@@ -1,0 +1,69 @@
+"""Where a run goes on: the run folder, whether it may be used, and the newest whole checkpoint in it."""
+
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from mamba3_train.checkpoint import sharded
+from mamba3_train.errors import UserError
+
+# What makes a run the run it is. The rest (steps, schedule, strategy, logging, …) may change between its parts.
+IDENTITY = (
+    "model",
+    "optimizer",
+    "run.seed",
+    "data.sequence_length",
+    "data.global_batch_size",
+    "data.seed",
+    "data.path",
+)
+RESUME_CHOICES = ("auto", "never")
+
+
+def open_run_folder(config: DictConfig) -> Path | None:
+    """Make config.run.dir ready and return the checkpoint to continue from, None for a new run.
+
+    Writes the resolved config as config.yaml once the folder is accepted.
+
+    Raises:
+        UserError: the folder belongs to a run of another config, or is in use and resume=never.
+    """
+    if config.resume not in RESUME_CHOICES:
+        raise UserError(f"resume={config.resume} must be one of {', '.join(RESUME_CHOICES)}")
+    folder = Path(config.run.dir)
+    saved = folder / sharded.CONFIG
+    if folder.is_dir() and any(folder.iterdir()):
+        if config.resume == "never":
+            raise UserError(f"resume=never needs an empty folder, but {folder} is in use: choose another run.name")
+        if not saved.exists():
+            raise UserError(f"{folder} is not empty and holds no run: choose another run.name or run.dir")
+        _refuse_another_run(folder, OmegaConf.load(saved), config)
+    checkpoint = sharded.newest_whole(folder / "checkpoints")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = saved.with_name(f".{saved.name}.partial")
+    partial.write_text(OmegaConf.to_yaml(config, resolve=True))
+    os.replace(partial, saved)
+    return checkpoint
+
+
+def _refuse_another_run(folder: Path, before: DictConfig, now: DictConfig) -> None:
+    resolved = OmegaConf.create(OmegaConf.to_container(now, resolve=True))
+    changed = []
+    for key in IDENTITY:
+        old, new = _flat(OmegaConf.select(before, key), key), _flat(OmegaConf.select(resolved, key), key)
+        changed += [
+            f"{k} ({old.get(k)} there, {new.get(k)} now)" for k in sorted(old | new) if old.get(k) != new.get(k)
+        ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run of another config: {', '.join(changed)}; choose another run.name, or change it back"
+        )
+
+
+def _flat(node, key: str) -> dict[str, object]:
+    """Leaves of a config node by dotted key."""
+    if not OmegaConf.is_config(node):
+        return {key: node}
+    items = node.items() if isinstance(node, DictConfig) else enumerate(node)
+    return {k: v for name, child in items for k, v in _flat(child, f"{key}.{name}").items()}

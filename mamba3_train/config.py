@@ -1,0 +1,219 @@
+"""Where configuration lives, its typed root, and how every command composes it and reports mistakes in it."""
+
+import difflib
+import functools
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mamba3_train.errors import UserError
+
+PACKAGE = Path(__file__).parent
+
+
+def shipped_folder(name: str) -> Path:
+    """Folder of shipped yaml: inside the package in a wheel, beside it in a clone or editable install."""
+    for candidate in (PACKAGE / name, PACKAGE.parent / name):
+        if candidate.is_dir():
+            return candidate
+    raise FileNotFoundError(f"the folder {name} is missing from this installation of mamba3_train: install it again")
+
+
+@dataclass
+class RunSection:
+    """Who a run is: its name, its folder and its seed."""
+
+    name: str = MISSING
+    dir: str = "runs/${run.name}"
+    seed: int = 0
+
+
+@dataclass
+class TrainerSection:
+    """How long and on what."""
+
+    max_steps: int = MISSING
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: str = "auto"
+    """auto: bf16-mixed where the device computes in bfloat16, else 32-true."""
+    gradient_clip_norm: float = 1.0
+    log_every_n_steps: int = 10
+
+
+@dataclass
+class CheckpointSection:
+    """When to save, and how much to keep."""
+
+    every_n_steps: int = 1000
+    keep_last: int = 3
+
+
+@dataclass
+class ValidationSection:
+    """When to validate; 0 is only at the end."""
+
+    every_n_steps: int = 1000
+
+
+@dataclass
+class KernelsSection:
+    """Which implementation of the scan."""
+
+    backend: str = "auto"
+
+
+@dataclass
+class ReportSection:
+    """What is shown when a run ends."""
+
+    sample_prompt: str | None = None
+    sample_tokens: int = 160
+    sample_temperature: float = 0.7
+
+
+@dataclass
+class TrainConfig:
+    """Root of a training config; every section is a group of `conf/` or typed here, so a misspelt one fails."""
+
+    run: RunSection = field(default_factory=RunSection)
+    trainer: TrainerSection = field(default_factory=TrainerSection)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    strategy: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] | None = None
+    kernels: KernelsSection = field(default_factory=KernelsSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    validation: ValidationSection = field(default_factory=ValidationSection)
+    report: ReportSection = field(default_factory=ReportSection)
+    resume: str = "auto"
+    """auto continues from the newest complete checkpoint of run.dir; never insists on an empty folder."""
+
+
+def register_configs() -> None:
+    """Store the root schema, and every file of recipes/ as group `recipe`, in Hydra's ConfigStore."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    folder = shipped_folder("recipes")
+    for path in sorted(folder.rglob("*.yaml")):
+        group = "/".join(["recipe", *path.relative_to(folder).parts[:-1]])
+        store.store(group=group, name=path.stem, node=OmegaConf.load(path), package="_global_")
+
+
+def compose(*overrides: str, config_name: str = "train") -> DictConfig:
+    """Compose a config as a command would, for tests and other commands: `compose("+recipe=quickstart")`."""
+    register_configs()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(shipped_folder("conf"))):
+        config = hydra.compose(config_name, list(overrides))
+    check_keys(config)
+    return config
+
+
+def command(config_name: str) -> Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]:
+    """Make a command line out of `run(config)`: Hydra's key=value, `--help`, `--cfg job`, multirun.
+
+    A `UserError`, or a mistake in the config itself, is printed as one line; the exit code is then 2. Otherwise it is
+    what `run` returns, None meaning 0.
+    """
+
+    def decorate(run: Callable[[DictConfig], int | None]) -> Callable[[], None]:
+        @functools.wraps(run)
+        def task(config: DictConfig) -> None:
+            try:
+                check_keys(config)
+                code = run(config)
+            except UserError as error:
+                # Here, because Hydra announces every exception that leaves a job with a line of its own.
+                _fail(str(error))
+            if code:
+                sys.exit(code)
+
+        @functools.wraps(run)
+        def cli() -> None:
+            register_configs()
+            # Hydra would otherwise print its own traceback and leave with code 1.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            try:
+                hydra.main(version_base="1.3", config_path=str(shipped_folder("conf")), config_name=config_name)(task)()
+            except (HydraException, OmegaConfBaseException) as error:
+                _fail(_explain(error, config_name))
+
+        return cli
+
+    return decorate
+
+
+def check_keys(config: DictConfig | ListConfig, path: str = "") -> None:
+    """Raise UserError for a key that the `_target_` of its section does not take, with the nearest ones it does."""
+    items = config.items_ex(resolve=False) if isinstance(config, DictConfig) else enumerate(config)
+    for key, value in items:
+        if isinstance(value, DictConfig | ListConfig) and not value._is_none():
+            check_keys(value, f"{path}{key}.")
+    target = config.get("_target_") if isinstance(config, DictConfig) else None
+    if target is None:
+        return
+    parameters = inspect.signature(hydra.utils.get_object(target)).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in config:
+        if not key.startswith("_") and key not in parameters:
+            raise UserError(f"unknown key {path}{key}. {_nearest(key, list(parameters))}")
+
+
+def _nearest(name: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(close)}?" if close else f"Valid names: {', '.join(sorted(choices))}."
+
+
+def _explain(error: Exception, config_name: str) -> str:
+    """One line for a mistake in the command line or a yaml file, with the nearest valid names."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"there is no {group or 'config'} named {name!r}. {_nearest(name, error.options or [])}"
+    message = str(error)
+    found = re.search(r"Could not override '([^']+)'", message) or re.search(r"full_key: (\S+)", message)
+    if found is None or "Missing mandatory value" in message:
+        return " ".join(message.split())
+    key = found.group(1).split("@")[0]
+    parent, _, name = key.rpartition(".")
+    if "not in" not in message and "No match" not in message:
+        return f"{key}: {' '.join(message.split())}"
+    return f"unknown key {key}. {_nearest(name, _valid_keys(parent, key, config_name))}"
+
+
+def _valid_keys(parent: str, wrong: str, config_name: str) -> list[str]:
+    """Names that could stand where a wrong key stands: the section's keys, composed without the wrong override."""
+    overrides = [
+        o for o in sys.argv[1:] if "=" in o and not o.startswith("-") and o.split("=")[0].lstrip("+~") != wrong
+    ]
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(shipped_folder("conf"))):
+            node = hydra.compose(config_name, overrides)
+    except (HydraException, OmegaConfBaseException):
+        return []
+    keys = list(OmegaConf.select(node, parent) if parent else node)
+    if not parent:
+        keys += [folder.name for folder in shipped_folder("conf").iterdir() if folder.is_dir()]
+    return [str(key) for key in keys if not str(key).startswith("_")]
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

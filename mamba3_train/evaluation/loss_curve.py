@@ -1,0 +1,23 @@
+"""The loss of a run as a picture."""
+
+from pathlib import Path
+
+
+def plot_loss(rows: list[dict], path: Path, title: str) -> None:
+    """Write a PNG of training and validation loss over tokens, from the rows of metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, style in (("train/loss", "-"), ("val/loss", "o--")):
+        points = [(row["tokens"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=key, markersize=4, linewidth=1.4)
+            axes.annotate(f"{points[-1][1]:.3f}", points[-1], textcoords="offset points", xytext=(4, 4), fontsize=9)
+    axes.set(xlabel="tokens", ylabel="loss, nats a token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,49 @@
+"""A signal ends a run between two steps, with a checkpoint."""
+
+import signal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from mamba3_train.training.callbacks.checkpointing import Checkpointing
+
+
+class Preempted(Exception):
+    """A signal stopped the run after a checkpoint: the same command continues it."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}")
+        self.exit_code = 128 + signal_number
+
+
+class Preemption(Callback):
+    """On SIGINT (Ctrl-C) and SIGTERM: finish the step, save, and leave by raising Preempted.
+
+    A second signal of the same kind ends the process at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, checkpointing: Checkpointing):
+        self.checkpointing = checkpointing
+        self._received: int | None = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take the signals over, after Lightning has set its own handlers."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._receive)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        """Leave if a signal came during the step."""
+        if self._received is not None:
+            self.checkpointing.save(trainer, module)
+            raise Preempted(self._received, trainer.global_step)
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number in self.SIGNALS:
+            if signal.getsignal(number) == self._receive:
+                signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+
+    def _receive(self, number: int, frame) -> None:
+        self._received = number
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)

@@ -1,0 +1,71 @@
+"""The logged rows: loss, learning rate, speed, utilisation and memory."""
+
+import time
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from mamba3_train.training.hardware import peak_flops, peak_memory_gib
+
+
+class Throughput(Callback):
+    """Logs a row every few steps and one after each validation.
+
+    Speed is that of the steps since the last row: waiting for data and saving count, validation does not. MFU is
+    training FLOPs over the devices' dense bfloat16 peak, null on a device whose peak is not known.
+
+    Args:
+        every_n_steps: steps between rows.
+        tokens_per_step: tokens of the global batch.
+        flops_per_token: training FLOPs by `model/cost.py`.
+    """
+
+    def __init__(self, *, every_n_steps: int, tokens_per_step: int, flops_per_token: float):
+        self.every_n_steps = every_n_steps
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.last_row: dict[str, float | None] = {}
+        """The newest values of everything logged so far."""
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start the clock."""
+        name = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "cpu"
+        self._peak = peak_flops(name)
+        self._last_time, self._last_step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        """Log a row when its step has come; only then is the device waited for."""
+        step = trainer.global_step
+        if step % self.every_n_steps and step != trainer.max_steps:
+            return
+        values = {name: value.item() for name, value in outputs.items()}
+        now = time.perf_counter()
+        rate = (step - self._last_step) * self.tokens_per_step / (now - self._last_time)
+        self._last_time, self._last_step = now, step
+        mfu = None if self._peak is None else rate * self.flops_per_token / (self._peak * trainer.world_size)
+        self._log(
+            trainer,
+            **values,
+            lr=module.optimizers().param_groups[0]["lr"],
+            tokens_per_second=round(rate, 1),
+            mfu=mfu,
+            peak_memory_gib=round(peak_memory_gib(module.device), 3),
+        )
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Stop the clock."""
+        self._validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Log the validation loss and let the clock run on."""
+        if trainer.state.fn == "fit":
+            self._last_time += time.perf_counter() - self._validation_start
+        if "val/loss" in trainer.callback_metrics:
+            self._log(trainer, **{"val/loss": trainer.callback_metrics["val/loss"].item()})
+
+    def _log(self, trainer: Trainer, **values: float | None) -> None:
+        step = trainer.global_step
+        row = {"step": step, "tokens": step * self.tokens_per_step, **values}
+        self.last_row |= row
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=step)

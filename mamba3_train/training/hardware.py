@@ -1,0 +1,36 @@
+"""What the device can do: its arithmetic, its peak, its memory."""
+
+import torch
+
+# Dense bfloat16 peak of the SXM parts, FLOP/s (vendor data sheets, without sparsity).
+PEAK_BF16_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bfloat16 peak of a device by its name, or None when it is not known: then there is no MFU."""
+    for known, peak in PEAK_BF16_FLOPS.items():
+        if device_name.startswith(known):
+            return peak
+    return None
+
+
+def choose_precision(precision: str, accelerator: str) -> str:
+    """Lightning's name of a precision; `auto` is bf16-mixed where the device computes in bfloat16, else 32-true."""
+    if precision != "auto":
+        return precision
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far, GiB: by the allocator on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # Unix only
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

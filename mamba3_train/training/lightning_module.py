@@ -1,0 +1,100 @@
+"""One optimizer step and one validation step, as Lightning calls them."""
+
+from collections.abc import Callable, Iterator
+
+import lightning
+import torch
+from torch import Tensor
+
+from mamba3_train.model import Mamba3Config, Mamba3LM, initialize
+from mamba3_train.training.loss import count_targets, next_token_loss
+
+
+class PretrainingModule(lightning.LightningModule):
+    """A language model in training.
+
+    A batch holds everything this rank needs for one optimizer step; it is cut into micro-batches here. So the loss is
+    divided by the number of targets in the whole global batch, and accumulation has no state that could be saved half.
+
+    Args:
+        config: the model's dimensions.
+        kernels: backend of the scan.
+        optimizer: makes the optimizer of a model.
+        schedule: learning rate of a step, counted from 0.
+        seed: of the initial weights.
+        micro_batch_size: rows in one forward pass.
+        gradient_clip_norm: largest norm of the whole gradient.
+    """
+
+    def __init__(
+        self,
+        config: Mamba3Config,
+        *,
+        kernels: str,
+        optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
+        schedule: Callable[[int], float],
+        seed: int,
+        micro_batch_size: int,
+        gradient_clip_norm: float,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.config, self.kernels, self.seed = config, kernels, seed
+        self.make_optimizer, self.schedule = optimizer, schedule
+        self.micro_batch_size, self.gradient_clip_norm = micro_batch_size, gradient_clip_norm
+        self.model: Mamba3LM | None = None
+
+    def configure_model(self) -> None:
+        """Build on meta, materialise, initialise; Lightning calls this more than once."""
+        if self.model is not None:
+            return
+        with torch.device("meta"):
+            model = Mamba3LM(self.config, kernels=self.kernels)
+        model.to_empty(device="cpu")
+        initialize(model, self.config, self.seed)
+        self.model = model
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer; its learning rate is set at each step."""
+        return self.make_optimizer(self.model)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """One optimizer step: loss and gradient norm as tensors on the device, without waiting for it."""
+        optimizer = self.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedule(self.global_step)
+        # The mean of the ranks' counts, because gradients too are averaged over ranks.
+        targets = self.trainer.strategy.reduce(count_targets(batch["labels"]).float(), reduce_op="mean")
+        loss = torch.zeros_like(targets)
+        for rows in self._micro_batches(batch):
+            part = self._loss_sum(rows) / targets
+            self.manual_backward(part)
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"train/loss": self.trainer.strategy.reduce(loss, reduce_op="mean"), "train/grad_norm": norm.detach()}
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums of a validation."""
+        self._validation_loss = torch.zeros((), device=self.device, dtype=torch.float64)
+        self._validation_targets = torch.zeros_like(self._validation_loss)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add one micro-batch to the sums."""
+        self._validation_loss += self._loss_sum(batch)
+        self._validation_targets += count_targets(batch["labels"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Mean loss of a target over all ranks, in nats, as `val/loss`."""
+        sums = torch.stack([self._validation_loss, self._validation_targets])
+        loss, targets = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        self.log("val/loss", loss / targets, logger=False)
+
+    def _loss_sum(self, rows: dict[str, Tensor]) -> Tensor:
+        return next_token_loss(self.model(rows["input_ids"], rows["document_ids"]), rows["labels"])
+
+    def _micro_batches(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        parts = {key: value.split(self.micro_batch_size) for key, value in batch.items()}
+        for values in zip(*parts.values(), strict=True):
+            yield dict(zip(parts, values, strict=True))

@@ -1,0 +1,62 @@
+"""What a finished run shows and leaves behind: validation loss, a sample, the loss curve, a summary."""
+
+import json
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from mamba3_train.evaluation.generation import generate
+from mamba3_train.evaluation.loss_curve import plot_loss
+from mamba3_train.model.cost import Cost
+from mamba3_train.training.metrics_file import read_metrics
+
+
+def report(
+    config: DictConfig, folder: Path, trainer: Trainer, module: LightningModule, data, cost: Cost, console: Console
+) -> None:
+    """Validate if the last step was not, then write summary.json and loss.png and say where everything is."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    if not any("val/loss" in row and row["step"] == trainer.global_step for row in rows):
+        trainer.validate(module, datamodule=data, verbose=False)
+    if not trainer.is_global_zero:
+        return
+    rows = read_metrics(folder / "metrics.jsonl")
+    newest = {key: value for row in rows for key, value in row.items()}
+    sample = None
+    if config.sample_prompt:
+        sample = sample_text(config, module, data.tokenizer)
+        console.print(Panel(Text(sample), title=f"the model continues {config.sample_prompt.strip()!r}"))
+    plot_loss(rows, folder / "loss.png", title=f"{folder.name}: {cost.total_parameters:,} parameters")
+    summary = newest | {"parameters": cost.total_parameters, "sample": sample}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    for name, key in (("training loss", "train/loss"), ("validation loss", "val/loss")):
+        if key in newest:
+            console.print(f"{name:<16} {newest[key]:.4f} nats a token")
+    for name, path in (
+        ("loss curve", "loss.png"),
+        ("checkpoints", "checkpoints"),
+        ("metrics", "metrics.jsonl"),
+        ("summary", "summary.json"),
+    ):
+        console.print(f"{name:<16} {folder / path}", soft_wrap=True)
+
+
+def sample_text(config: DictConfig, module: LightningModule, tokenizer) -> str:
+    """Prompt and continuation as text, the same for the same weights and seed."""
+    model = module.model.eval()
+    device = next(model.parameters()).device
+    prompt = torch.tensor([tokenizer.encode(config.sample_prompt)], device=device)
+    tokens = generate(
+        model,
+        prompt,
+        config.sample_tokens,
+        temperature=config.sample_temperature,
+        generator=torch.Generator(device).manual_seed(module.seed),
+        end_id=tokenizer.end_of_document_id,
+    )
+    return tokenizer.decode(tokens[0].tolist())
