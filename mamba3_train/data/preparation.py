@@ -1,24 +1,38 @@
 """From text to token shards: what `python -m mamba3_train.prepare` and a data module's first use do."""
 
 import difflib
+import errno
 import fcntl
-import hashlib
+import os
 import shlex
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
+from mamba3_train.data.corpus_writer import (
+    CorpusWriter,
+    read_journal,
+    remove_leftovers,
+    saved_tokenizer,
+    start_over,
+)
+from mamba3_train.data.preparation_progress import preparation_progress
 from mamba3_train.data.text_sources import TextSource
-from mamba3_train.data.token_shards import MANIFEST, Manifest, ShardWriter, read_manifest, token_dtype, write_manifest
-from mamba3_train.data.tokenizer import FILE_NAME, Tokenizer
+from mamba3_train.data.token_shards import MANIFEST, Manifest, read_manifest
+from mamba3_train.data.tokenizer import Tokenizer
+from mamba3_train.data.tokenizing import TextBatch, TokenizingPool
 from mamba3_train.errors import UserError
 
-BATCH_DOCUMENTS = 256
+# Text that goes to a worker at a time: large beside the cost of sending it, small beside memory.
+PIECE_CHARACTERS = 1 << 22
+
+# The settings that decide what a corpus holds; the others only decide how fast it is made.
+DECISIVE = ("sources", "tokenizer", "validation_fraction", "shard_tokens", "deduplicate")
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,9 @@ class Preparation:
         tokenizer: which tokenizer; the fields of `TokenizerChoice`.
         validation_fraction: part of the documents, chosen by a hash of their text, that is held out for validation.
         shard_tokens: tokens in a shard, about.
+        deduplicate: keep only the first of documents whose texts are equal.
+        workers: processes that tokenize; None takes every core.
+        checkpoint_seconds: an interrupted preparation loses at most this much work.
         automatic: a data module may make this corpus by itself when it is missing.
 
     Raises:
@@ -77,6 +94,9 @@ class Preparation:
     tokenizer: TokenizerChoice | Mapping = field(default_factory=dict)
     validation_fraction: float = 0.005
     shard_tokens: int = 1 << 27
+    deduplicate: bool = True
+    workers: int | None = None
+    checkpoint_seconds: float = 30.0
     automatic: bool = False
 
     def __post_init__(self):
@@ -85,7 +105,10 @@ class Preparation:
         given |= dict(self.sources)
         if not given:
             raise UserError("no text to read: give source.path=PATH (a file, folder, glob, address or hub dataset)")
-        sources = {name: _build(TextSource, source, f"sources.{name}") for name, source in given.items()}
+        sources = {
+            name: _build(TextSource, source, "source" if single is source else f"sources.{name}")
+            for name, source in given.items()
+        }
         object.__setattr__(self, "source", None)
         object.__setattr__(self, "sources", sources)
         object.__setattr__(self, "tokenizer", _build(TokenizerChoice, self.tokenizer, "tokenizer"))
@@ -95,8 +118,7 @@ class Preparation:
     def description(self) -> dict:
         """Everything that decides the corpus, as plain values; equal descriptions mean equal corpora."""
         values = asdict(self)
-        del values["automatic"], values["source"]
-        return values
+        return {key: value for key, value in values.items() if key in DECISIVE}
 
     def command(self, output: str | Path) -> str:
         """The command line that makes this corpus."""
@@ -107,37 +129,80 @@ class Preparation:
         for key, value in _changed(self.tokenizer).items():
             more = {f"train.{k}": v for k, v in _changed(value).items()} if key == "train" else {key: value}
             arguments |= {f"tokenizer.{k}": v for k, v in more.items()}
-        arguments |= {k: v for k, v in _changed(self).items() if k in ("validation_fraction", "shard_tokens")}
+        arguments |= {k: v for k, v in _changed(self).items() if k in DECISIVE[2:]}
         return "python -m mamba3_train.prepare " + " ".join(shlex.quote(f"{k}={v}") for k, v in arguments.items())
 
     def run(self, output: str | Path) -> Manifest:
-        """Make the corpus in the folder `output`; a finished one made the same way is left as it is.
+        """Make the corpus in the folder `output`, or go on with it; a finished one made the same way is left as it is.
 
         Raises:
-            UserError: the folder holds another corpus, or a source yields no document.
+            UserError: the folder holds another corpus, a source cannot be read or is empty, or the disk is full.
         """
         folder = Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            if (folder / MANIFEST).exists():
-                return self._existing(folder)
-            tokenizer = self.tokenizer.get(self.sources)
-            tokenizer.save(folder / FILE_NAME)
-            splits = self._write_shards(folder, tokenizer)
-            manifest = Manifest(
-                dtype=token_dtype(tokenizer.vocab_size).name,
-                vocab_size=tokenizer.vocab_size,
-                end_of_document_id=tokenizer.end_of_document_id,
-                tokenizer_fingerprint=tokenizer.fingerprint,
-                splits=splits,
-                preparation=self.description(),
-            )
-            write_manifest(folder, manifest)
-        return manifest
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder):
+                return self._run(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"the disk is full: {folder} cannot be written to; free some space and run the same command again, "
+                "it continues where it stopped"
+            ) from error
 
-    def _existing(self, folder: Path) -> Manifest:
-        manifest = read_manifest(folder)
-        mine, theirs = self.description(), manifest.preparation
+    def _run(self, folder: Path) -> Manifest:
+        if (folder / MANIFEST).exists():
+            manifest = read_manifest(folder)
+            self._check_same(folder, manifest.preparation)
+            remove_leftovers(folder)
+            return manifest
+        journal = read_journal(folder)
+        if journal is not None:
+            self._check_same(folder, journal["description"])
+            tokenizer = saved_tokenizer(folder, journal)
+        else:
+            tokenizer = self.tokenizer.get(self.sources)
+            start_over(folder, tokenizer)
+        writer = CorpusWriter(
+            folder,
+            tokenizer=tokenizer,
+            sources=self.sources,
+            description=self.description(),
+            validation_fraction=self.validation_fraction,
+            shard_tokens=self.shard_tokens,
+            deduplicate=self.deduplicate,
+        )
+        workers = self.workers or len(os.sched_getaffinity(0))
+        with TokenizingPool(tokenizer, writer.dtype, workers) as pool, preparation_progress() as progress:
+            for name in self.sources:
+                self._write_source(name, writer, pool, progress)
+        return writer.publish()
+
+    def _write_source(self, name: str, writer: CorpusWriter, pool: TokenizingPool, progress: Progress) -> None:
+        source, done = self.sources[name], writer.progress[name]
+        if done["finished"]:
+            return
+        position = done["position"]
+        consumed = position["bytes"] if position else 0
+        counts = {"documents": done["documents"], "tokens": writer.tokens(name)}
+        begun = (*counts.values(), consumed)
+        task = progress.add_task(name, total=source.size(), completed=consumed, begun=begun, **counts)
+        saved = time.monotonic()
+        for batch, tokens in pool.map(_batches(source.read(position), done["documents"])):
+            writer.add(name, tokens)
+            consumed += tokens.bytes
+            position = batch.position or position
+            progress.update(task, completed=consumed, documents=done["documents"], tokens=writer.tokens(name))
+            if batch.position is not None and time.monotonic() - saved >= self.checkpoint_seconds:
+                writer.checkpoint(name, batch.position)
+                saved = time.monotonic()
+        if not done["documents"]:
+            raise UserError(f"source {name} ({source.path}) holds no text: the corpus would be empty")
+        writer.checkpoint(name, position, finished=True)
+
+    def _check_same(self, folder: Path, theirs: dict) -> None:
+        mine = self.description()
         different = [key for key in mine if mine[key] != theirs.get(key)]
         if different:
             key = different[0]
@@ -145,33 +210,6 @@ class Preparation:
                 f"{folder} holds a corpus made with another {key} ({theirs.get(key)}, now {mine[key]}); "
                 "choose another output folder or delete this one"
             )
-        return manifest
-
-    def _write_shards(self, folder: Path, tokenizer: Tokenizer) -> dict[str, tuple]:
-        dtype = token_dtype(tokenizer.vocab_size)
-        splits: dict[str, list] = {"train": [], "validation": []}
-        with _progress() as progress:
-            for name, source in self.sources.items():
-                task = progress.add_task(name, documents=0, tokens=0)
-                writers = {split: ShardWriter(folder, name, split, dtype, self.shard_tokens) for split in splits}
-                documents = tokens = 0
-                for texts in _batches(source.documents(), BATCH_DOCUMENTS):
-                    ids = tokenizer.encode_documents(texts)
-                    held_out = np.array([_fraction(text) < self.validation_fraction for text in texts])
-                    for split, chosen in (("train", ~held_out), ("validation", held_out)):
-                        kept = [ids[i] for i in np.flatnonzero(chosen)]
-                        if kept:
-                            lengths = np.array([len(document) for document in kept])
-                            writers[split].add(np.fromiter(chain.from_iterable(kept), dtype), lengths)
-                    documents += len(texts)
-                    tokens += sum(map(len, ids))
-                    progress.update(task, documents=documents, tokens=tokens)
-                if not documents:
-                    raise UserError(f"source {name} ({source.path}) holds no text: the corpus would be empty")
-                for split, writer in writers.items():
-                    writer.close()
-                    splits[split] += writer.shards
-        return {split: tuple(shards) for split, shards in splits.items()}
 
 
 def _build(cls: type, values, key: str):
@@ -192,15 +230,19 @@ def _changed(settings) -> dict:
     return {name: value for name, default in defaults.items() if (value := getattr(settings, name)) != default}
 
 
-def _fraction(text: str) -> float:
-    """Place of a document in [0, 1), by its text alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()) / 2**64
-
-
-def _batches(documents: Iterator[str], size: int) -> Iterator[list[str]]:
-    documents = iter(documents)
-    while batch := list(islice(documents, size)):
-        yield batch
+def _batches(read: Iterable[tuple[list[str], dict]], number: int) -> Iterator[TextBatch]:
+    """Cut what was read into pieces of a size worth a worker's turn; the last piece carries the position."""
+    for texts, position in read:
+        pieces, size = [[]], 0
+        for text in texts:
+            if size >= PIECE_CHARACTERS:
+                pieces.append([])
+                size = 0
+            pieces[-1].append(text)
+            size += len(text)
+        for piece in pieces:
+            yield TextBatch(piece, number, position if piece is pieces[-1] else None)
+            number += len(piece)
 
 
 def _first_bytes(documents: Iterator[str], limit: int) -> Iterator[str]:
@@ -217,14 +259,10 @@ def _first_bytes(documents: Iterator[str], limit: int) -> Iterator[str]:
 def _locked(folder: Path) -> Iterator[None]:
     """Let one process at a time prepare a folder; the lock goes with the process, however it ends."""
     with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            # Unlike flock, such a lock is not shared with forked workers.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"waiting for another process that prepares {folder}")
+            fcntl.lockf(file, fcntl.LOCK_EX)
         yield
-
-
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("tokenizing {task.description}"),
-        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
-        TimeElapsedColumn(),
-    )

@@ -2,9 +2,10 @@
 
 import glob
 import hashlib
+import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from mamba3_train.errors import UserError
 
 PYTHON_STDLIB = "python_stdlib"
 
-# File endings (before any compression ending) and the `datasets` builder that reads them.
+# File endings (before any compression ending) and the `datasets` builder that reads them; all others are plain text.
 BUILDERS = {
     ".parquet": "parquet",
     ".jsonl": "json",
@@ -22,6 +23,8 @@ BUILDERS = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz", ".lz4"}
+
+ROWS_A_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class TextSource:
         name: the hub dataset's configuration.
         split: the hub dataset's split.
         text: the field that holds the text.
+        min_characters, max_characters: leave out documents that are shorter or longer.
         max_bytes: read about this much text (UTF-8 bytes) and stop; None reads everything.
     """
 
@@ -41,50 +45,78 @@ class TextSource:
     name: str | None = None
     split: str = "train"
     text: str = "text"
+    min_characters: int = 1
+    max_characters: int | None = None
     max_bytes: int | None = None
 
     def documents(self) -> Iterator[str]:
-        """Every document's text, in an order that never changes; empty ones are left out.
+        """Every document's text, in an order that never changes."""
+        for texts, _ in self.read():
+            yield from texts
+
+    def read(self, position: dict | None = None) -> Iterator[tuple[list[str], dict]]:
+        """Read batches of documents, each with the position behind it: plain values from which to read on.
 
         Raises:
-            UserError: nothing is at `path`, or its rows have no field `text`.
+            UserError: nothing is at `path`, its rows have no such field, or reading fails half way.
         """
-        consumed = 0
-        for text in _standard_library() if self.path == PYTHON_STDLIB else self._rows():
+        position = position or {"bytes": 0, "rows": None}
+        consumed = position["bytes"]
+        rows = _standard_library(position["rows"]) if self.path == PYTHON_STDLIB else self._rows(position["rows"])
+        for texts, place in rows:
+            kept = []
+            for text in texts:
+                if self.max_bytes is not None and consumed >= self.max_bytes:
+                    break
+                if text and self.min_characters <= len(text) <= (self.max_characters or len(text)):
+                    consumed += len(text.encode(errors="replace"))
+                    kept.append(text)
+            yield kept, {"bytes": consumed, "rows": place}
             if self.max_bytes is not None and consumed >= self.max_bytes:
                 return
-            if text:
-                consumed += len(text.encode(errors="replace"))
-                yield text
 
-    def _rows(self) -> Iterator[str]:
+    def size(self) -> int | None:
+        """Bytes of text to expect, about; None where only reading it all would tell."""
+        if self.path == PYTHON_STDLIB:
+            size = sum(path.stat().st_size for path in _standard_library_files())
+        else:
+            files = [] if "://" in self.path else _local_files(self.path)
+            known = files and all(_kind(file) in ("text", "json") and not _compressed(file) for file in files)
+            size = sum(Path(file).stat().st_size for file in files) if known else None
+        limits = [value for value in (size, self.max_bytes) if value is not None]
+        return min(limits, default=None)
+
+    def _rows(self, state: dict | None) -> Iterator[tuple[list[str], dict]]:
         from datasets import load_dataset  # a second of import that the training process does not need
 
         try:
-            dataset = load_dataset(streaming=True, **self._load_arguments())
-            rows: Iterable[dict] = iter(dataset)
-            first = next(rows, None)
+            arguments = self._load_arguments()
+            dataset = load_dataset(streaming=True, **arguments).with_format("arrow")
+            if state is not None:
+                dataset.load_state_dict(state)
+            # A plain text file is one document of any size; rows of tables are small.
+            for table in dataset.iter(1 if arguments["path"] == "text" else ROWS_A_BATCH):
+                if self.text not in table.column_names:
+                    fields = ", ".join(table.column_names)
+                    raise UserError(f"source.text={self.text}: {self.path} has no such field; its fields are: {fields}")
+                yield table.column(self.text).cast("string").to_pylist(), dataset.state_dict()
         except UserError:
             raise
         except Exception as error:  # builders, file systems and the hub each raise their own kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"source.path={self.path} cannot be read: {reason}") from error
-        if first is None:
-            return
-        if self.text not in first:
-            fields = ", ".join(first)
-            raise UserError(f"source.text={self.text}: {self.path} has no such field; its fields are: {fields}")
-        yield first[self.text]
-        for row in rows:
-            yield row[self.text]
 
     def _load_arguments(self) -> dict:
-        remote = "://" in self.path
-        files = [self.path] if remote else _local_files(self.path)
+        files = [self.path] if "://" in self.path else _local_files(self.path)
         if files:
-            builder = _builder(files, self.path)
-            arguments = {"path": builder, "data_files": files, "split": "train"}
-            return arguments | ({"sample_by": "document"} if builder == "text" else {})
+            kinds = sorted({_kind(file) for file in files})
+            if len(kinds) > 1:
+                raise UserError(
+                    f"source.path={self.path} mixes kinds of files ({', '.join(kinds)}); "
+                    f"choose one by a glob such as '{self.path}/*.jsonl'"
+                )
+            arguments = {"path": kinds[0], "data_files": files, "split": "train"}
+            return arguments | ({"sample_by": "document"} if kinds == ["text"] else {})
         if re.fullmatch(r"[\w.-]+/[\w.-]+", self.path):
             return {"path": self.path, "name": self.name, "split": self.split}
         raise UserError(
@@ -110,24 +142,33 @@ def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
 
 
-def _builder(files: list[str], path: str) -> str:
-    builders = set()
-    for file in files:
-        suffixes = [s for s in Path(file.split("?")[0]).suffixes if s not in COMPRESSIONS]
-        builders.add(BUILDERS.get(suffixes[-1] if suffixes else "", "text"))
-    if len(builders) > 1:
-        kinds = ", ".join(sorted(builders))
-        raise UserError(
-            f"source.path={path} mixes kinds of files ({kinds}); choose one by a glob such as '{path}/*.jsonl'"
-        )
-    return builders.pop()
+def _compressed(file: str) -> bool:
+    return Path(file).suffix in COMPRESSIONS
 
 
-def _standard_library() -> Iterator[str]:
+def _kind(file: str) -> str:
+    """The `datasets` builder that reads a file."""
+    suffixes = [suffix for suffix in Path(file.split("?")[0]).suffixes if suffix not in COMPRESSIONS]
+    return BUILDERS.get(suffixes[-1] if suffixes else "", "text")
+
+
+def _standard_library_files() -> list[Path]:
     """Sources of the standard library without its tests, in an order by hash so that any prefix is a fair sample."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    relative = [p.relative_to(root) for p in root.rglob("*.py")]
-    kept = [p.as_posix() for p in relative if not left_out & set(p.parts)]
-    for name in sorted(kept, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        yield (root / name).read_text(encoding="utf-8", errors="replace")
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in left_out]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+
+
+def _standard_library(state: dict | None) -> Iterator[tuple[list[str], dict]]:
+    files = _standard_library_files()
+    first = state["files"] if state else 0
+    for begin in range(first, len(files), 16):
+        batch = files[begin : begin + 16]
+        yield (
+            [path.read_text(encoding="utf-8", errors="replace") for path in batch],
+            {"files": begin + len(batch)},
+        )

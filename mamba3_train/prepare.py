@@ -1,0 +1,36 @@
+"""`python -m mamba3_train.prepare`: make, verify or look at a prepared corpus."""
+
+from omegaconf import DictConfig, OmegaConf
+
+from mamba3_train.config import command
+from mamba3_train.data.preparation import Preparation
+from mamba3_train.data.token_shards import Manifest, verify
+from mamba3_train.errors import UserError
+
+MODES = ("output", "verify")
+
+
+@command("prepare")
+def main(config: DictConfig) -> None:
+    """Do the one thing that was asked for: `output=DIR`, or `verify=DIR`."""
+    asked = [mode for mode in MODES if config[mode] is not None]
+    if len(asked) != 1:
+        raise UserError(f"give exactly one of {', '.join(f'{mode}=DIR' for mode in MODES)}")
+    if config.verify is not None:
+        print(f"{config.verify}: every shard is as its manifest says; {summary(verify(config.verify))}")
+        return
+    settings = OmegaConf.to_container(config, resolve=True)
+    preparation = Preparation(**{key: value for key, value in settings.items() if key not in MODES})
+    manifest = preparation.run(config.output)
+    print(f"{config.output}: {summary(manifest)}")
+
+
+def summary(manifest: Manifest) -> str:
+    """Counts of a corpus in one line."""
+    documents = sum(shard.documents for shard in manifest.shards())
+    tokens = ", ".join(f"{manifest.tokens(split):,} tokens {split}" for split in manifest.splits)
+    return f"{documents:,} documents, {tokens}, vocabulary {manifest.vocab_size:,}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The command: key=value in, one line out, exit code 2 and no traceback when something is wrong."""
+
+import sys
+
+import pytest
+
+from mamba3_train.prepare import main
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run the command with arguments; (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["prepare", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_make_and_verify(command, tmp_path):
+    (tmp_path / "text.txt").write_text("State, angle and rank. " * 100)
+    arguments = ("source.path=text.txt", "output=out", "tokenizer.train.vocab_size=270", "workers=1")
+    code, output, _ = command(*arguments)
+    assert code == 0
+    assert "out: 1 documents" in output
+    code, output, _ = command("verify=out")
+    assert code == 0
+    assert "every shard is as its manifest says" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["output=DIR", "verify=DIR"]),
+        (["output=out", "verify=out"], ["exactly one"]),
+        (["output=out"], ["source.path=PATH"]),
+        (["verify=nowhere"], ["no prepared corpus at nowhere"]),
+        (["output=out", "source.pth=x"], ["source.pth"]),
+        (["output=out", "source.path=missing", "tokenizer.train.vocab_size=300"], ["source.path=missing"]),
+    ],
+)
+def test_mistakes(command, tmp_path, arguments, words):
+    code, _, errors = command(*arguments)
+    assert code == 2
+    assert "Traceback" not in errors
+    assert all(word in errors.strip().splitlines()[-1] for word in words)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_corrupt_shard_is_named(command, tmp_path):
+    (tmp_path / "text.txt").write_text("State, angle and rank. " * 100)
+    command("source.path=text.txt", "output=out", "tokenizer.train.vocab_size=270", "workers=1")
+    shard = next((tmp_path / "out").glob("*.bin"))
+    shard.write_bytes(b"\0" + shard.read_bytes()[1:])
+    code, _, errors = command("verify=out")
+    assert code == 2
+    assert shard.name in errors
