@@ -110,7 +110,7 @@ def killed(function, *arguments) -> int:
 
 
 KILLS = [
-    (corpus_writer.CorpusWriter, "add", [1, 7, 19]),
+    (corpus_writer.CorpusWriter, "add", [1, 7, 19, 25]),
     (corpus_writer.CorpusWriter, "checkpoint", [1, 8]),
     (corpus_writer, "publish", [2, 9]),
     (os, "replace", [3, 21, 23, 25]),
@@ -124,12 +124,14 @@ def test_killed_and_started_again(tmp_path, source, monkeypatch, owner, name, ca
     """SIGKILL at the n-th call of a function, several times over one preparation, changes no byte of the corpus."""
     monkeypatch.setattr(preparation, "PIECE_CHARACTERS", 4000)
     monkeypatch.setattr("mamba3_train.data.text_sources.ROWS_A_BATCH", 20)
+    source.write_text(source.read_text() * 2)
     # Threads that trained a tokenizer in this process would not exist in the forked one.
     tokenizer = Tokenizer.train(["some text to begin with"], 300)
     tokenizer.save(tmp_path / "tokenizer.json")
     settings = {"shard_tokens": 3000, "checkpoint_seconds": 0, "tokenizer": {"file": str(tmp_path / "tokenizer.json")}}
     expected = prepare(source, tmp_path / "whole", **settings)
     assert len(expected.splits["train"]) > 5
+    assert sum(shard.documents for shard in expected.shards()) == 400
 
     def run_until(call):
         count = 0
