@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mamba3_train.errors import UserError
 
 PACKAGE = Path(__file__).parent
+MISTAKES = (UserError, HydraException, OmegaConfBaseException)
 
 
 def shipped_folder(name: str) -> Path:
@@ -85,6 +87,13 @@ class ReportSection:
     sample_temperature: float = 0.7
 
 
+class Resume(Enum):
+    """auto continues from the newest whole checkpoint of run.dir; never insists on an empty folder."""
+
+    auto = "auto"
+    never = "never"
+
+
 @dataclass
 class TrainConfig:
     """Root of a training config; every section is a group of `conf/` or typed here, so a misspelt one fails."""
@@ -101,8 +110,7 @@ class TrainConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     validation: ValidationSection = field(default_factory=ValidationSection)
     report: ReportSection = field(default_factory=ReportSection)
-    resume: str = "auto"
-    """auto continues from the newest complete checkpoint of run.dir; never insists on an empty folder."""
+    resume: Resume = Resume.auto
 
 
 def register_configs() -> None:
@@ -135,23 +143,24 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], int | None]], 
     def decorate(run: Callable[[DictConfig], int | None]) -> Callable[[], None]:
         @functools.wraps(run)
         def task(config: DictConfig) -> None:
+            # Mistakes are reported here, because Hydra announces every exception that leaves a job in a line of its own.
             try:
                 check_keys(config)
                 code = run(config)
-            except UserError as error:
-                # Here, because Hydra announces every exception that leaves a job with a line of its own.
-                _fail(str(error))
+            except MISTAKES as error:
+                _fail(_explain(error, config_name))
             if code:
                 sys.exit(code)
 
         @functools.wraps(run)
         def cli() -> None:
             register_configs()
-            # Hydra would otherwise print its own traceback and leave with code 1.
+            # Hydra would otherwise print a traceback of its own and leave with code 1.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            main = hydra.main(version_base="1.3", config_path=str(shipped_folder("conf")), config_name=config_name)
             try:
-                hydra.main(version_base="1.3", config_path=str(shipped_folder("conf")), config_name=config_name)(task)()
-            except (HydraException, OmegaConfBaseException) as error:
+                main(task)()
+            except MISTAKES as error:
                 _fail(_explain(error, config_name))
 
         return cli
@@ -168,7 +177,10 @@ def check_keys(config: DictConfig | ListConfig, path: str = "") -> None:
     target = config.get("_target_") if isinstance(config, DictConfig) else None
     if target is None:
         return
-    parameters = inspect.signature(hydra.utils.get_object(target)).parameters
+    try:
+        parameters = inspect.signature(hydra.utils.get_object(target)).parameters
+    except ValueError:  # a builtin without a signature
+        return
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     for key in config:
@@ -177,28 +189,37 @@ def check_keys(config: DictConfig | ListConfig, path: str = "") -> None:
 
 
 def _nearest(name: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, sorted(set(choices)), n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(close)}?" if close else f"Valid names: {', '.join(sorted(choices))}."
 
 
 def _explain(error: Exception, config_name: str) -> str:
     """One line for a mistake in the command line or a yaml file, with the nearest valid names."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"there is no {group or 'config'} named {name!r}. {_nearest(name, error.options or [])}"
-    message = str(error)
-    found = re.search(r"Could not override '([^']+)'", message) or re.search(r"full_key: (\S+)", message)
-    if found is None or "Missing mandatory value" in message:
-        return " ".join(message.split())
-    key = found.group(1).split("@")[0]
-    parent, _, name = key.rpartition(".")
-    if "not in" not in message and "No match" not in message:
-        return f"{key}: {' '.join(message.split())}"
-    return f"unknown key {key}. {_nearest(name, _valid_keys(parent, key, config_name))}"
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for link in chain:
+        if isinstance(link, UserError):
+            return str(link)
+        if isinstance(link, MissingConfigException) and link.missing_cfg_file:
+            group, _, name = link.missing_cfg_file.rpartition("/")
+            return f"there is no {group or 'config'} named {name!r}. {_nearest(name, link.options or [])}"
+    lines = [line for link in chain for line in str(link).splitlines()]
+    missing = re.search(r"Missing mandatory value: (\S+)", " ".join(lines))
+    if missing:
+        return f"{missing.group(1)} is not set: give {missing.group(1)}=VALUE, or a recipe (+recipe=NAME) that sets it"
+    unknown = re.search(r"Could not override '([^'@]+)", lines[0])
+    if unknown:
+        key = unknown.group(1)
+        return f"unknown key {key}. {_nearest(key.rpartition('.')[2], _valid_keys(key, config_name))}"
+    key = re.search(r"full_key: (\S+)", " ".join(lines))
+    reason = next((line for line in lines[1:] if "full_key" not in line), lines[0]) if len(chain) > 1 else lines[0]
+    return f"{key.group(1)}: {reason.strip()}" if key else " ".join(line.strip() for line in lines)
 
 
-def _valid_keys(parent: str, wrong: str, config_name: str) -> list[str]:
-    """Names that could stand where a wrong key stands: the section's keys, composed without the wrong override."""
+def _valid_keys(wrong: str, config_name: str) -> list[str]:
+    """Names that could stand in place of a wrong key: those of its section, composed without the wrong override."""
+    parent = wrong.rpartition(".")[0]
     overrides = [
         o for o in sys.argv[1:] if "=" in o and not o.startswith("-") and o.split("=")[0].lstrip("+~") != wrong
     ]
@@ -208,7 +229,7 @@ def _valid_keys(parent: str, wrong: str, config_name: str) -> list[str]:
             node = hydra.compose(config_name, overrides)
     except (HydraException, OmegaConfBaseException):
         return []
-    keys = list(OmegaConf.select(node, parent) if parent else node)
+    keys = list(OmegaConf.select(node, parent) or {}) if parent else list(node)
     if not parent:
         keys += [folder.name for folder in shipped_folder("conf").iterdir() if folder.is_dir()]
     return [str(key) for key in keys if not str(key).startswith("_")]

@@ -30,6 +30,7 @@ def cli(config: DictConfig) -> int:
     data = instantiate(config.data)
     module = build_module(config, model_config)
     strategy = build_strategy(config)
+    data.check_batch_size(config.trainer.devices * config.trainer.num_nodes)
     data.prepare_data()
     data.setup()
 

@@ -262,5 +262,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if pickled.exists():
             return torch.load(pickled, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise many kinds on a damaged file
-        raise UserError(f"the weights in {folder} cannot be read: {error}") from None
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        raise UserError(f"the weights in {folder} cannot be read: {reason}") from None
     raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")

@@ -18,7 +18,6 @@ IDENTITY = (
     "data.seed",
     "data.path",
 )
-RESUME_CHOICES = ("auto", "never")
 
 
 def open_run_folder(config: DictConfig) -> Path | None:
@@ -29,12 +28,10 @@ def open_run_folder(config: DictConfig) -> Path | None:
     Raises:
         UserError: the folder belongs to a run of another config, or is in use and resume=never.
     """
-    if config.resume not in RESUME_CHOICES:
-        raise UserError(f"resume={config.resume} must be one of {', '.join(RESUME_CHOICES)}")
     folder = Path(config.run.dir)
     saved = folder / sharded.CONFIG
     if folder.is_dir() and any(folder.iterdir()):
-        if config.resume == "never":
+        if config.resume.name == "never":
             raise UserError(f"resume=never needs an empty folder, but {folder} is in use: choose another run.name")
         if not saved.exists():
             raise UserError(f"{folder} is not empty and holds no run: choose another run.name or run.dir")

@@ -33,8 +33,7 @@ def check_document_ids(document_ids: Tensor, batch: int, seqlen: int) -> None:
     """Raise ValueError unless document_ids is (batch, seqlen), integer and, on the CPU, non-decreasing along rows."""
     if tuple(document_ids.shape) != (batch, seqlen) or document_ids.is_floating_point():
         raise ValueError(
-            f"document_ids must be ({batch}, {seqlen}) integers, "
-            f"got {tuple(document_ids.shape)} {document_ids.dtype}"
+            f"document_ids must be ({batch}, {seqlen}) integers, got {tuple(document_ids.shape)} {document_ids.dtype}"
         )
     if document_ids.device.type == "cpu" and bool((document_ids.diff(dim=1) < 0).any()):
         raise ValueError("document_ids must not decrease along a row: give each new document a larger id")
@@ -44,7 +43,8 @@ def _check_lengths(cu_seqlens: Tensor, batch: int, seqlen: int) -> None:
     tokens = batch * seqlen
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens:
         raise ValueError(
-            f"cu_seqlens must run from 0 to batch · seqlen = {tokens}, got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
+            f"cu_seqlens must run from 0 to batch · seqlen = {tokens}, "
+            f"got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
         )
     if bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")

@@ -7,7 +7,7 @@ Paper (arXiv 2603.15569), per head, with λ = sigmoid(trap), φ = π · tanh(ang
     y_{t,r} = H_tᵀ c_{t,r} + D x_{t,r}         b = B + B_bias, c = C + C_bias, x_{t,r} = mimo_x_r ⊙ x_t
     out_t = Σ_r mimo_o_r ⊙ y_{t,r} ⊙ SiLU(mimo_z_r ⊙ z_t)
 
-The state is kept in the frame of its own last token, so no angle is ever summed over more than a chunk and none can lose
+The state is kept in the frame of its own last token, so no angle is ever summed over more than a chunk and none loses
 precision. SISO is rank 1 without the mimo tensors.
 
 Letters: N state width, P head width, R rank, H heads, G groups of B and C, S rotated pairs. Layout of the N dimension:
@@ -87,9 +87,7 @@ def scan_recurrent(
         if document_ids is not None and t > 0:
             same = (document_ids[:, t] == document_ids[:, t - 1]).view(batch, 1, 1, 1)
             ssm, outer_before = torch.where(same, ssm, 0.0), torch.where(same, outer_before, 0.0)
-        alpha, beta, gamma = (
-            v[:, t, :, None, None] for v in (decay, (1 - mix) * dt * decay, mix * dt)
-        )
+        alpha, beta, gamma = (v[:, t, :, None, None] for v in (decay, (1 - mix) * dt * decay, mix * dt))
         ssm = alpha * ssm + beta * outer_before
         if turn is not None:
             ssm = rotate(ssm, -turn[:, t].unsqueeze(-2))
@@ -110,7 +108,7 @@ def scan_chunked(
 
     The four stages below are what the kernels compute, each under the same name.
     """
-    batch, seqlen, heads, head_dim = x.shape
+    seqlen, heads = x.shape[1:3]
     chunk_size = min(chunk_size, seqlen)
     scales = token_scales(dt, A, trap, document_ids)
     turn = None if angles is None else rotation_increments(angles, dt)
@@ -118,9 +116,7 @@ def scan_chunked(
     b, c = _per_head(B, B_bias, heads), _per_head(C, C_bias, heads)
 
     # (batch, seqlen, …) → (batch, chunks, chunk, …); padding has dt = 0 and no angle, so it leaves the state alone.
-    log_decay, key_scale, diagonal, b, c, v = (
-        _into_chunks(tensor, chunk_size) for tensor in (*scales, b, c, x_ranks)
-    )
+    log_decay, key_scale, diagonal, b, c, v = (_into_chunks(tensor, chunk_size) for tensor in (*scales, b, c, x_ranks))
     turn = None if turn is None else _into_chunks(turn, chunk_size)
     ids = None if document_ids is None else _into_chunks(document_ids, chunk_size, repeat_last=True)
 

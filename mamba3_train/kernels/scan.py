@@ -105,7 +105,10 @@ def _reference(tensors, options, initial_state, chunk_size, recurrent):
             y, state = scan_recurrent(*map(widen, tensors), initial_state=initial_state, **options)
         else:
             y, state = scan_chunked(
-                *map(widen, tensors), initial_state=initial_state, chunk_size=chunk_size or 64, **options
+                *map(widen, tensors),
+                initial_state=initial_state,
+                chunk_size=chunk_size or max(64 // tensors[1].shape[2], 16),
+                **options,
             )
     return y.to(x.dtype), state
 

@@ -103,7 +103,7 @@ def mlp_width_matching_siso(d_model: int, siso_width: int, mixer: MixerConfig) -
     extra = projections + biases + 3 * heads * rank * mixer.head_dim
     if extra % (3 * d_model):
         raise UserError(
-            f"no MLP width gives MIMO rank {rank} at d_model {d_model} the parameters of SISO with {siso_width} exactly: "
+            f"no MLP width gives MIMO rank {rank} at d_model {d_model} the parameters of SISO with {siso_width}: "
             f"the difference is {extra} parameters a layer, {3 * d_model} a unit of width"
         )
     return siso_width - extra // (3 * d_model)

@@ -1,4 +1,8 @@
-"""Saving while training, and going on from what was saved."""
+"""Saving while training, and going on from what was saved.
+
+A step is saved when the next one starts: then its validation is over and its rows are written, so that a checkpoint
+holds the whole of the step.
+"""
 
 import importlib.metadata
 from pathlib import Path
@@ -42,13 +46,16 @@ class Checkpointing(Callback):
         state = sharded.load(self.resume_from, module.model, module.optimizers().optimizer)
         _count_steps_done(trainer, state["step"])
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        """Save when the step has come."""
-        step = trainer.global_step
-        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
+        """Save when the step that is over asks for it."""
+        if trainer.global_step and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer, module)
 
-    def save(self, trainer: Trainer, module: LightningModule) -> Path:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save the last step."""
+        self.save(trainer, module)
+
+    def save(self, trainer: Trainer, module: LightningModule) -> None:
         """Save now, unless this step is saved already, and delete what is too old."""
         step = trainer.global_step
         folder = sharded.step_folder(self.folder, step)
@@ -60,7 +67,6 @@ class Checkpointing(Callback):
             }
             sharded.save(folder, module.model, module.optimizers().optimizer, state, self.config_yaml)
             sharded.keep_newest(self.folder, self.keep_last)
-        return folder
 
 
 def _count_steps_done(trainer: Trainer, step: int) -> None:

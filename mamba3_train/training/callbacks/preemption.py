@@ -32,8 +32,8 @@ class Preemption(Callback):
         for number in self.SIGNALS:
             signal.signal(number, self._receive)
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        """Leave if a signal came during the step."""
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
+        """Leave if a signal came during the step that is over."""
         if self._received is not None:
             self.checkpointing.save(trainer, module)
             raise Preempted(self._received, trainer.global_step)

@@ -1,0 +1,28 @@
+"""One thread a process, so that tests neither fight for cores nor depend on how many there are."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def quickstart_corpus(tmp_path_factory):
+    """A small corpus of Python sources with the quickstart's tokenizer size, prepared once a process."""
+    from hydra.utils import instantiate
+
+    from mamba3_train.config import compose
+
+    folder = tmp_path_factory.mktemp("corpus") / "python"
+    config = compose("+recipe=quickstart", f"data.path={folder}", "data.prepare.source.max_bytes=1000000")
+    instantiate(config.data).prepare_data()
+    return folder

@@ -1,0 +1,66 @@
+"""Mistakes on the command line: one clear line, exit code 2, nothing written."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mamba3_train.config import check_keys, compose
+from mamba3_train.errors import UserError
+
+RUN = [sys.executable, "-m", "mamba3_train"]
+
+
+def run(folder, *arguments):
+    environment = os.environ | {"HYDRA_FULL_ERROR": "0"}
+    return subprocess.run(
+        [*RUN, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["+recipe=1.5b_mino"], "no recipe named '1.5b_mino'. Did you mean 1.5b_mimo"),
+        (["+recipe=quickstart", "trainer.max_step=3"], "unknown key trainer.max_step. Did you mean max_steps"),
+        (["+recipe=quickstart", "model.d_modle=3"], "unknown key model.d_modle. Did you mean d_model"),
+        (["+recipe=quickstart", "+model.d_modle=3"], "unknown key model.d_modle. Did you mean d_model"),
+        (["+recipe=quickstart", "optimiser=adamw"], "unknown key optimiser. Did you mean optimizer"),
+        (["+recipe=quickstart", "mixer=mino"], "no mixer named 'mino'. Did you mean mimo"),
+        (["+recipe=quickstart", "trainer.max_steps=many"], "trainer.max_steps: "),
+        (["+recipe=quickstart", "model.mixer.head_dim=33"], "model.mixer.head_dim=33"),
+        (["+recipe=quickstart", "data.micro_batch_size=3"], "data.micro_batch_size=3"),
+        (["+recipe=quickstart", "trainer.devices=2"], "trainer.devices=2"),
+        (["+recipe=quickstart", "resume=maybe"], "resume: "),
+        (["+recipe=180m_siso"], "no prepared corpus at data.path=data/fineweb_edu; make it by: python -m"),
+        (["trainer.max_steps=1"], "run.name"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_one_clear_line_and_exit_code_2(arguments, complaint, tmp_path):
+    result = run(tmp_path, *arguments)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert complaint in lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_names_recipes_and_keys(tmp_path):
+    result = run(tmp_path, "--help")
+    assert result.returncode == 0
+    for expected in ("+recipe=NAME", "quickstart", "1.5b_mimo", "max_steps", "resume"):
+        assert expected in result.stdout
+
+
+def test_a_misspelt_key_deep_in_a_section_is_found():
+    with pytest.raises(UserError, match=r"model\.mixer\.d_stat\b.*d_state"):
+        compose("+recipe=quickstart", "+model.mixer.d_stat=3")
+
+
+def test_check_keys_leaves_keyword_catchers_alone():
+    from omegaconf import OmegaConf
+
+    check_keys(OmegaConf.create({"_target_": "builtins.dict", "anything": 1}))

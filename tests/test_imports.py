@@ -1,0 +1,68 @@
+"""Who may import whom, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import mamba3_train
+
+PACKAGE = Path(mamba3_train.__file__).parent
+# Package → packages of ours it may import (besides errors and itself).
+ALLOWED = {
+    "kernels": set(),
+    "model": {"kernels"},
+    "data": set(),
+    "checkpoint": {"model"},
+    "evaluation": {"model"},
+    "training": {"model", "checkpoint", "evaluation"},
+}
+MAY_IMPORT_LIGHTNING = {"data/datamodule.py", "train.py"}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def sources():
+    return [(path.relative_to(PACKAGE).as_posix(), path) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+def test_rooms_import_only_what_they_may():
+    seen = set()
+    for name, path in sources():
+        room = name.split("/")[0]
+        if room not in ALLOWED:
+            continue
+        for module in imported(path):
+            if module.startswith("mamba3_train."):
+                other = module.split(".")[1]
+                seen.add((room, other))
+                assert other in ALLOWED[room] | {room, "errors"}, f"{name} imports {module}"
+    assert ("model", "kernels") in seen, "the walk found nothing"
+
+
+def test_lightning_is_known_in_few_places():
+    for name, path in sources():
+        if name in MAY_IMPORT_LIGHTNING or name.startswith("training/"):
+            continue
+        assert not any(module.split(".")[0] == "lightning" for module in imported(path)), name
+
+
+def test_importing_is_light():
+    heavy = ("torch", "triton", "lightning", "deepspeed", "wandb", "datasets", "matplotlib")
+    code = f"import sys, mamba3_train, mamba3_train.train; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_model_needs_neither_triton_nor_lightning():
+    code = (
+        "import sys; sys.modules.update(triton=None, lightning=None, deepspeed=None)\n"
+        "import mamba3_train.model, mamba3_train.kernels, mamba3_train.checkpoint.official_mamba"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,166 @@
+"""The quickstart as a user runs it, made small: killed, interrupted, resumed, finished; and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SMALL = [
+    "+recipe=quickstart", "data.prepare.automatic=false", "data.validation_sequences=8", "data.sequence_length=64",
+    "model.d_model=64", "model.d_mlp=64", "model.n_layers=2", "model.mixer.head_dim=16", "model.mixer.d_state=8",
+    "trainer.max_steps=24", "trainer.log_every_n_steps=1", "validation.every_n_steps=8", "checkpoint.every_n_steps=5",
+    "report.sample_tokens=8",
+]  # fmt: skip
+
+
+class Run:
+    """One run folder and the command that trains in it."""
+
+    def __init__(self, folder, corpus):
+        self.folder = folder
+        self.command = [sys.executable, "-m", "mamba3_train", *SMALL, f"data.path={corpus}", f"run.dir={folder}"]
+
+    def start(self, *overrides):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [*self.command, *overrides], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(self, *overrides, code=0):
+        process = self.start(*overrides)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == code, err
+        return out, err
+
+    def stop_at(self, step, number):
+        """Send a signal once a step is logged; returns output and exit code."""
+        process = self.start()
+        while process.poll() is None and self.last_step() < step:
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        assert self.last_step() < 24, "the run was over before the signal"
+        return out, process.returncode
+
+    def last_step(self):
+        return max((row["step"] for row in self.rows()), default=0)
+
+    def rows(self):
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def losses(self):
+        keys = ("step", "tokens", "train/loss", "train/grad_norm", "lr", "val/loss")
+        return [{key: row[key] for key in keys if key in row} for row in self.rows()]
+
+    def weights(self):
+        (file,) = (self.folder / "checkpoints" / "step-00000024").glob("*.safetensors")
+        return load_file(file)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, quickstart_corpus):
+    run = Run(tmp_path_factory.mktemp("runs") / "whole", quickstart_corpus)
+    run.output, _ = run.finish()
+    return run
+
+
+def test_a_run_leaves_what_the_contract_says(uninterrupted):
+    folder, rows = uninterrupted.folder, uninterrupted.rows()
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 25))
+    assert [row["step"] for row in rows if "val/loss" in row] == [8, 16, 24]
+    assert set(rows[0]) == {
+        "step", "tokens", "train/loss", "train/grad_norm", "lr", "tokens_per_second", "mfu", "peak_memory_gib",
+    }  # fmt: skip
+    assert rows[0]["mfu"] is None
+    assert rows[0]["tokens"] == 4 * 64
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["step"] == 24
+    assert summary["val/loss"] == rows[-1]["val/loss"]
+    assert summary["sample"].startswith("def ")
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "config.yaml").read_text().count("rank: 2") == 1
+    steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert steps == ["step-00000020", "step-00000024"]
+    for expected in ("step 24/24", "tokens/s", "validation loss", "loss.png", "summary.json"):
+        assert expected in uninterrupted.output
+
+
+def test_the_loss_falls(uninterrupted):
+    losses = [row["train/loss"] for row in uninterrupted.rows() if "train/loss" in row]
+    assert losses[0] == pytest.approx(8.3, abs=0.3), "about ln 4096 before training"
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(number, tmp_path, quickstart_corpus, uninterrupted):
+    run = Run(tmp_path / "run", quickstart_corpus)
+    out, code = run.stop_at(7, number)
+    assert code == (-9 if number == signal.SIGKILL else 128 + number)
+    # A signal that can be caught saves at the step it came in; a kill costs what came after the last checkpoint.
+    if number != signal.SIGKILL:
+        assert "the same command goes on from there" in out
+        saved = json.loads((sorted((run.folder / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())
+        assert saved["step"] == run.last_step()
+    out, _ = run.finish()
+    assert "resuming" in out
+    assert run.losses() == uninterrupted.losses()
+    expected = uninterrupted.weights()
+    for name, tensor in run.weights().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_finished_run_is_left_alone(uninterrupted):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.folder.rglob("*") if path.name != "config.yaml"}
+    out, _ = uninterrupted.finish()
+    assert "complete at step 24" in out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["model.d_mlp=128"], "model.d_mlp (64 there, 128 now)"),
+        (["optimizer.lr=1", "run.seed=3"], "optimizer.lr"),
+        (["resume=never"], "resume=never needs an empty folder"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(overrides, complaint, uninterrupted):
+    before = {path: path.read_bytes() for path in uninterrupted.folder.rglob("*") if path.is_file()}
+    _, err = uninterrupted.finish(*overrides, code=2)
+    assert complaint in err
+    assert len(err.strip().splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in uninterrupted.folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, quickstart_corpus):
+    (tmp_path / "thesis.tex").write_text("chapter 1")
+    _, err = Run(tmp_path, quickstart_corpus).finish(code=2)
+    assert "is not empty and holds no run" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_accumulation_and_validation_size_do_not_change_the_run(tmp_path, quickstart_corpus, uninterrupted):
+    """Micro-batches of one row sum to the same gradient, up to the order of the sums."""
+    run = Run(tmp_path / "run", quickstart_corpus)
+    run.finish(
+        "data.micro_batch_size=1", "trainer.max_steps=4", "schedule.total_steps=24", "validation.every_n_steps=0"
+    )
+    for row, expected in zip(run.rows()[:4], uninterrupted.rows(), strict=False):
+        assert row["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-4)
+        assert row["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-3)
+    assert [row["step"] for row in run.rows() if "val/loss" in row] == [4], "validated at the end only"
+
+
+def test_wandb_works_offline_without_an_account(tmp_path, quickstart_corpus):
+    run = Run(tmp_path / "run", quickstart_corpus)
+    run.finish("logger=wandb", "logger.offline=true", "trainer.max_steps=2")
+    assert list((run.folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert run.last_step() == 2
