@@ -1,6 +1,6 @@
 """The data module: prepared token shards -> what each rank needs for each optimizer step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mamba3_train.data.packing import IGNORED_LABEL, pack
+from mamba3_train.data.batches import TrainingBatches, ValidationBatches
+from mamba3_train.data.mixture import Mixture, read_stages
+from mamba3_train.data.packing import CutRows
 from mamba3_train.data.preparation import Preparation
-from mamba3_train.data.sampler import StepSampler, samples_at
+from mamba3_train.data.sampler import StepSampler
 from mamba3_train.data.token_shards import MANIFEST, Manifest, TokenSplit, read_manifest, verify
 from mamba3_train.data.tokenizer import Tokenizer
 from mamba3_train.errors import UserError
@@ -19,62 +21,6 @@ from mamba3_train.errors import UserError
 # A corpus up to this size is hashed whole at every start (about a second a GiB); a larger one is checked by file sizes,
 # and in full by `python -m mamba3_train.prepare verify=DIR`.
 HASH_AT_START_BYTES = 1 << 30
-
-
-class TrainingSteps(Dataset):
-    """Map-style data set whose index is a range of positions of the global order and whose item is their batch.
-
-    Args:
-        split: the tokens to cut rows from, one row after another, so that every token is a target exactly once.
-        sequence_length: tokens in a row.
-        seed: of the shuffling; None keeps the rows in the order of the corpus.
-    """
-
-    def __init__(self, split: TokenSplit, sequence_length: int, seed: int | None):
-        self.split = split
-        self.sequence_length = sequence_length
-        self.seed = seed
-        self.rows = max(0, (split.tokens - 1) // sequence_length)
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
-        if not isinstance(positions, (range, np.ndarray)):
-            raise TypeError(
-                "an item is a range of positions, not one: something replaced the sampler; "
-                "set use_distributed_sampler=False in the Trainer"
-            )
-        rows = np.asarray(positions, dtype=np.int64)
-        if self.seed is not None:
-            rows = samples_at(rows, self.rows, self.seed)
-        return pack(*self.split.read(rows * self.sequence_length, self.sequence_length + 1))
-
-
-class ValidationSteps(Dataset):
-    """The first `rows` rows of a split in fixed order, as micro-batches of one rank.
-
-    Every rank gets the same number of full micro-batches, whatever `rows` is: rows beyond the end repeat the last one
-    with every label ignored, so that the set of targets does not depend on the number of ranks.
-    """
-
-    def __init__(self, data: TrainingSteps, rows: int, micro_batch_size: int, rank: int, world_size: int):
-        self.data = data
-        self.rows = rows
-        self.micro_batch_size = micro_batch_size
-        self.rank, self.world_size = rank, world_size
-
-    def __len__(self) -> int:
-        return -(-self.rows // (self.micro_batch_size * self.world_size))
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        first = (index * self.world_size + self.rank) * self.micro_batch_size
-        positions = np.arange(first, first + self.micro_batch_size)
-        batch = self.data[np.minimum(positions, self.rows - 1)]
-        batch["labels"][torch.from_numpy(positions >= self.rows)] = IGNORED_LABEL
-        return batch
 
 
 class TokenDataModule(lightning.LightningDataModule):
@@ -97,6 +43,8 @@ class TokenDataModule(lightning.LightningDataModule):
         num_workers: loader processes.
         validation_sequences: rows that a validation reads, at most.
         vocab_size: entries the model expects; None takes those of the corpus.
+        mixture: weights of the corpus's sources, `{name: weight}`, or a list of `{from_tokens: N, weights: {…}}` that
+            changes them as the run goes; None reads all sources in the proportion of their sizes.
         prepare: how the corpus is made when it is missing.
 
     Raises:
@@ -115,6 +63,7 @@ class TokenDataModule(lightning.LightningDataModule):
         num_workers: int = 2,
         validation_sequences: int = 256,
         vocab_size: int | None = None,
+        mixture: Mapping | Sequence | None = None,
         prepare: Preparation | None = None,
     ):
         super().__init__()
@@ -133,6 +82,7 @@ class TokenDataModule(lightning.LightningDataModule):
         self.num_workers = num_workers
         self.validation_sequences = validation_sequences
         self.expected_vocab_size = vocab_size
+        self.mixture = mixture
         self.prepare = prepare
         self.samples_consumed = 0
         self.total_steps = 0
@@ -155,14 +105,24 @@ class TokenDataModule(lightning.LightningDataModule):
                 f"data.vocab_size={expected} but the corpus {self.path} has {self.manifest.vocab_size} entries; "
                 f"set data.vocab_size={self.manifest.vocab_size} or prepare the corpus with the other tokenizer"
             )
-        self.train_data = TrainingSteps(TokenSplit(self.path, self.manifest, "train"), self.sequence_length, self.seed)
-        if not len(self.train_data):
-            raise UserError(
-                f"the corpus {self.path} has {self.train_data.split.tokens:,} training tokens, fewer than one row of "
-                f"data.sequence_length={self.sequence_length} and its target; give more text or a shorter row"
-            )
-        validation = TokenSplit(self.path, self.manifest, "validation")
-        self.validation_data = TrainingSteps(validation, self.sequence_length, seed=None)
+        self.training = self._training()
+        self.validation = CutRows(TokenSplit(self.path, self.manifest, "validation"), self.sequence_length)
+
+    def _training(self) -> TrainingBatches:
+        if self.mixture is None:
+            mixture, sources = None, {"all": TokenSplit(self.path, self.manifest, "train")}
+        else:
+            mixture = Mixture(read_stages(self.mixture, self.sequence_length), self.manifest.sources())
+            sources = {name: TokenSplit(self.path, self.manifest, "train", name) for name in mixture.sources}
+        rows = {name: CutRows(split, self.sequence_length) for name, split in sources.items()}
+        for name in rows:
+            if not rows[name].count and (mixture is None or mixture.uses(name)):
+                which = self.path if mixture is None else f"{self.path}, source {name},"
+                raise UserError(
+                    f"the corpus {which} has {sources[name].tokens:,} training tokens, fewer than one row of "
+                    f"data.sequence_length={self.sequence_length} and its target; give more text or a shorter row"
+                )
+        return TrainingBatches(rows, mixture, self.seed)
 
     def check_batch_size(self, world_size: int) -> None:
         """Refuse a global batch that ranks and micro-batches do not divide."""
@@ -187,15 +147,15 @@ class TokenDataModule(lightning.LightningDataModule):
             rank=self.rank,
             world_size=self.world_size,
         )
-        return self._loader(self.train_data, sampler)
+        return self._loader(self.training, sampler)
 
     def val_dataloader(self) -> DataLoader | list:
         """Loader over this rank's micro-batches of validation rows; none when there is nothing to validate on."""
-        rows = min(self.validation_sequences, len(self.validation_data))
+        rows = min(self.validation_sequences, self.validation.count)
         if rows == 0:
             return []
-        steps = ValidationSteps(self.validation_data, rows, self.micro_batch_size, self.rank, self.world_size)
-        return self._loader(steps, sampler=None)
+        batches = ValidationBatches(self.validation, rows, self.micro_batch_size, self.rank, self.world_size)
+        return self._loader(batches, sampler=None)
 
     def _loader(self, dataset: Dataset, sampler: StepSampler | None) -> DataLoader:
         return DataLoader(
@@ -206,6 +166,10 @@ class TokenDataModule(lightning.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+
+    def epochs(self, samples_consumed: int) -> dict[str, float]:
+        """How often each source has been read through, fractions included, after so many samples."""
+        return self.training.epochs(samples_consumed)
 
     @property
     def rank(self) -> int:

@@ -1,17 +1,60 @@
-"""Rows of tokens with document boundaries -> what the model and the loss consume."""
+"""Documents -> rows of tokens with their boundaries -> what the model and the loss consume."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from mamba3_train.data.token_shards import TokenSplit
+
 IGNORED_LABEL = -100
 
 
-def pack(tokens: np.ndarray, boundary_rows: np.ndarray, boundary_columns: np.ndarray) -> dict[str, torch.Tensor]:
-    """Build a batch from rows of `L + 1` tokens.
+@dataclass(frozen=True)
+class Rows:
+    """Rows of L inputs, each with one more token for the last target.
+
+    tokens: (rows, L + 1) unsigned integers.
+    boundary_rows, boundary_columns: (n,) where a document begins inside a row; columns in [1, L].
+    """
+
+    tokens: np.ndarray
+    boundary_rows: np.ndarray
+    boundary_columns: np.ndarray
+
+
+class CutRows:
+    """Rows cut from the documents laid end to end, so that every token is a target exactly once.
 
     Args:
-        tokens: (rows, L + 1) unsigned integers.
-        boundary_rows, boundary_columns: (n,) where a document begins inside a row; columns in [1, L].
+        split: the documents.
+        sequence_length: inputs in a row.
+    """
+
+    def __init__(self, split: TokenSplit, sequence_length: int):
+        self.split = split
+        self.sequence_length = sequence_length
+        self.count = max(0, (split.tokens - 1) // sequence_length)
+
+    def read(self, rows: np.ndarray) -> Rows:
+        """Read rows by number, each in [0, count)."""
+        return Rows(*self.split.read(rows * self.sequence_length, self.sequence_length + 1))
+
+
+def scatter(parts: list[tuple[np.ndarray, Rows]], count: int) -> Rows:
+    """Put rows from several sources into one batch; each part says which of the `count` places its rows take."""
+    if len(parts) == 1:
+        return parts[0][1]
+    first = parts[0][1].tokens
+    tokens = np.empty((count, first.shape[1]), dtype=first.dtype)
+    for places, rows in parts:
+        tokens[places] = rows.tokens
+    boundary_rows = np.concatenate([places[rows.boundary_rows] for places, rows in parts])
+    return Rows(tokens, boundary_rows, np.concatenate([rows.boundary_columns for _, rows in parts]))
+
+
+def pack(rows: Rows) -> dict[str, torch.Tensor]:
+    """Build a batch from rows.
 
     Returns:
         input_ids: (rows, L) int64.
@@ -19,13 +62,12 @@ def pack(tokens: np.ndarray, boundary_rows: np.ndarray, boundary_columns: np.nda
         document_ids: (rows, L) int32, 0 at the start of a row and one more at every document that begins in it; the
             model restarts its state wherever the number changes.
     """
-    rows, width = tokens.shape
-    begins = np.zeros((rows, width), dtype=np.int32)
-    begins[boundary_rows, boundary_columns] = 1
-    labels = tokens[:, 1:].astype(np.int64)
-    labels[boundary_rows, boundary_columns - 1] = IGNORED_LABEL
+    begins = np.zeros(rows.tokens.shape, dtype=np.int32)
+    begins[rows.boundary_rows, rows.boundary_columns] = 1
+    labels = rows.tokens[:, 1:].astype(np.int64)
+    labels[rows.boundary_rows, rows.boundary_columns - 1] = IGNORED_LABEL
     return {
-        "input_ids": torch.from_numpy(tokens[:, :-1].astype(np.int64)),
+        "input_ids": torch.from_numpy(rows.tokens[:, :-1].astype(np.int64)),
         "labels": torch.from_numpy(labels),
         "document_ids": torch.from_numpy(np.cumsum(begins[:, :-1], axis=1, dtype=np.int32)),
     }

@@ -19,7 +19,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(32))
 
 
-def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+def permute(index: np.ndarray, size: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
     """Map each index in [0, size) to a sample in [0, size), one to one, in an order that looks random.
 
     A Feistel network permutes the smallest square power of two that holds `size`; results outside are sent through it
@@ -28,11 +28,12 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     Args:
         index: integers in [0, size), any shape.
         size: number of samples, up to 2**62.
-        seed: the run's seed; `epoch`: the pass over the data. Each pair gives another order.
+        seed: the run's seed; `epoch`: the pass over the data; `stream`: which of several sets of samples. Each triple
+            gives another order.
     """
     half = np.uint64(max(2, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+    keys = np.random.SeedSequence([seed, epoch, stream]).generate_state(ROUNDS, np.uint64)
 
     def network(x: np.ndarray) -> np.ndarray:
         left, right = x >> half, x & mask
@@ -48,14 +49,14 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     return result.astype(np.int64)
 
 
-def samples_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
+def samples_at(positions: np.ndarray, size: int, seed: int, stream: int = 0) -> np.ndarray:
     """Samples at positions of the endless training order, which shuffles each epoch of `size` samples anew."""
     positions = np.asarray(positions, dtype=np.int64)
     epochs, indices = np.divmod(positions, size)
     samples = np.empty_like(positions)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        samples[here] = permute(indices[here], size, seed, int(epoch))
+        samples[here] = permute(indices[here], size, seed, int(epoch), stream)
     return samples
 
 

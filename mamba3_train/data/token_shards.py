@@ -54,6 +54,10 @@ class Manifest:
         """Tokens of a split, over all shards."""
         return sum(shard.tokens for shard in self.splits.get(split, ()))
 
+    def sources(self) -> list[str]:
+        """Names of the sources, in order."""
+        return list(dict.fromkeys(shard.source for shard in self.shards()))
+
     def shards(self) -> Iterator[Shard]:
         """Every shard of every split."""
         for shards in self.splits.values():
@@ -222,14 +226,16 @@ class TokenSplit:
         folder: the prepared folder.
         manifest: its manifest.
         split: "train" or "validation".
+        source: only this source's documents; None takes all, source after source.
 
     Raises:
         UserError: a shard is missing or has another size than the manifest says.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, split: str):
+    def __init__(self, folder: str | Path, manifest: Manifest, split: str, source: str | None = None):
         self.folder = Path(folder)
-        self.shards = manifest.splits.get(split, ())
+        shards = manifest.splits.get(split, ())
+        self.shards = tuple(shard for shard in shards if source in (None, shard.source))
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self.tokens = int(self.starts[-1])

@@ -3,11 +3,12 @@
 import hashlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from mamba3_train.data import TokenDataModule
-from mamba3_train.data.packing import IGNORED_LABEL
+from mamba3_train.data import Preparation, TokenDataModule
+from mamba3_train.data.packing import IGNORED_LABEL, pack
 from mamba3_train.errors import UserError
 
 
@@ -73,8 +74,7 @@ def test_validation_targets_do_not_depend_on_ranks(corpus, world_size):
     assert len({len(loader) for loader in loaders}) == 1
     rows = [row for parts in zip(*loaders, strict=True) for part in parts for row in part["labels"]]
     real = [row.tolist() for row in rows if (row != IGNORED_LABEL).any()]
-    data = module(corpus).validation_data
-    assert real == data[range(13)]["labels"].tolist()
+    assert real == pack(module(corpus).validation.read(np.arange(13)))["labels"].tolist()
 
 
 def test_tokens_per_step_and_vocabulary(corpus):
@@ -107,12 +107,10 @@ def test_wrong_sizes_are_explained(corpus, settings, words):
 def test_replaced_sampler_is_noticed(corpus):
     """Lightning would otherwise put its own distributed sampler in place of ours without a word."""
     with pytest.raises(TypeError, match="use_distributed_sampler"):
-        module(corpus).train_data[3]
+        module(corpus).training[3]
 
 
 def test_missing_corpus_names_the_command(tmp_path):
-    from mamba3_train.data import Preparation
-
     preparation = Preparation(source={"path": "owner/corpus", "name": "small"}, tokenizer={"name": "owner/tokens"})
     with pytest.raises(UserError) as error:
         module(tmp_path / "none", prepare=preparation)
@@ -120,3 +118,36 @@ def test_missing_corpus_names_the_command(tmp_path):
         f"python -m mamba3_train.prepare output={tmp_path / 'none'} "
         "source.path=owner/corpus source.name=small tokenizer.name=owner/tokens"
     ) in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory, make_documents):
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "upper.txt").write_text("A STATE AND ITS ANGLE. " * 2000)
+    make_documents(folder / "lower.jsonl", 200)
+    sources = {"upper": {"path": str(folder / "upper.txt")}, "lower": {"path": str(folder / "lower.jsonl")}}
+    Preparation(
+        sources=sources, tokenizer={"train": {"vocab_size": 300}}, validation_fraction=0, shard_tokens=5000, workers=1
+    ).run(folder / "shards")
+    return folder / "shards"
+
+
+def test_mixture_changes_at_a_token_count(two_sources):
+    """Three quarters upper case until token 1,536 (row 48), then lower case only; no rank or stop changes that."""
+    mixture = [{"weights": {"upper": 3, "lower": 1}}, {"from_tokens": 1536, "weights": {"lower": 1}}]
+    data = module(two_sources, mixture=mixture)
+    rows = torch.cat([batch["input_ids"] for batch in data.train_dataloader()])
+    texts = [data.tokenizer.decode(row) for row in rows]
+    upper = [text == text.upper() for text in texts]
+    assert [sum(upper[i : i + 16]) for i in range(0, 96, 16)] == [12, 12, 12, 0, 0, 0]
+    expected = global_batches(two_sources, 1, mixture=mixture)
+    assert global_batches(two_sources, 4, mixture=mixture) == expected
+    assert global_batches(two_sources, 2, mixture=mixture, samples_consumed=32) == expected[2:]
+    counts = {name: rows.count for name, rows in data.training.sources.items()}
+    assert data.epochs(96) == {"upper": 36 / counts["upper"], "lower": 60 / counts["lower"]}
+    assert data.epochs(96)["lower"] > 0
+
+
+def test_unknown_source_in_a_mixture(two_sources):
+    with pytest.raises(UserError, match=r"source middle; the corpus has: upper, lower"):
+        module(two_sources, mixture={"middle": 1})

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from mamba3_train.data.datamodule import TrainingSteps
-from mamba3_train.data.packing import IGNORED_LABEL
+from mamba3_train.data.packing import IGNORED_LABEL, CutRows, pack
 from mamba3_train.data.token_shards import TokenSplit, read_manifest
 
 
@@ -23,11 +22,11 @@ def documents_of(folder, split):
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 11_000])
 def test_rows_are_the_concatenated_documents(corpus, length):
     """Against a definition that knows nothing of shards; the longest row spans a shard and more."""
-    data = TrainingSteps(TokenSplit(corpus, read_manifest(corpus), "train"), length, seed=None)
+    data = CutRows(TokenSplit(corpus, read_manifest(corpus), "train"), length)
     tokens, owners = documents_of(corpus, "train")
-    assert len(data) == (len(tokens) - 1) // length
-    batch = data[range(len(data))]
-    here = np.arange(len(data))[:, None] * length + np.arange(length)
+    assert data.count == (len(tokens) - 1) // length
+    batch = pack(data.read(np.arange(data.count)))
+    here = np.arange(data.count)[:, None] * length + np.arange(length)
     same = owners[here] == owners[here + 1]
     assert np.array_equal(batch["input_ids"], tokens[here])
     assert np.array_equal(batch["document_ids"], owners[here] - owners[here[:, :1]])

@@ -1,0 +1,83 @@
+"""What a loader hands out: map-style data sets whose items are whole batches."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mamba3_train.data.mixture import Mixture
+from mamba3_train.data.packing import IGNORED_LABEL, CutRows, Rows, pack, scatter
+from mamba3_train.data.sampler import samples_at
+
+
+class TrainingBatches(Dataset):
+    """The endless training order: the index is a range of its positions, the item is their batch.
+
+    Args:
+        sources: rows by source name.
+        mixture: which source each position comes from; None takes the only source.
+        seed: of the shuffling of each source, anew in each of its epochs.
+    """
+
+    def __init__(self, sources: Mapping[str, CutRows], mixture: Mixture | None, seed: int):
+        self.sources = dict(sources)
+        self.mixture = mixture
+        self.seed = seed
+
+    def __getitem__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
+        if not isinstance(positions, range | np.ndarray):
+            raise TypeError(
+                "an item is a range of positions, not one: something replaced the sampler; "
+                "set use_distributed_sampler=False in the Trainer"
+            )
+        positions = np.asarray(positions, dtype=np.int64)
+        if self.mixture is None:
+            (rows,) = self.sources.values()
+            return pack(self._read(rows, positions, stream=0))
+        chosen, indices = self.mixture.assign(positions)
+        parts = []
+        for number in np.unique(chosen):
+            name = self.mixture.sources[number]
+            places = np.flatnonzero(chosen == number)
+            # By name, so that a source keeps its order when others join.
+            stream = zlib.crc32(name.encode())
+            parts.append((places, self._read(self.sources[name], indices[places], stream)))
+        return pack(scatter(parts, len(positions)))
+
+    def _read(self, rows: CutRows, indices: np.ndarray, stream: int) -> Rows:
+        return rows.read(samples_at(indices, rows.count, self.seed, stream))
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """How often each source has been read through before a position, fractions included."""
+        if self.mixture is None:
+            return {name: position / rows.count for name, rows in self.sources.items()}
+        consumed = self.mixture.consumed(position)
+        return {name: consumed[name] / rows.count for name, rows in self.sources.items()}
+
+
+class ValidationBatches(Dataset):
+    """The first `count` rows in fixed order, as micro-batches of one rank.
+
+    Every rank gets the same number of full micro-batches, whatever `count` is: rows beyond the end repeat the last one
+    with every label ignored, so that the set of targets does not depend on the number of ranks.
+    """
+
+    def __init__(self, rows: CutRows, count: int, micro_batch_size: int, rank: int, world_size: int):
+        self.rows = rows
+        self.count = count
+        self.micro_batch_size = micro_batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return -(-self.count // (self.micro_batch_size * self.world_size))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first = (index * self.world_size + self.rank) * self.micro_batch_size
+        positions = np.arange(first, first + self.micro_batch_size)
+        batch = pack(self.rows.read(np.minimum(positions, self.count - 1)))
+        batch["labels"][torch.from_numpy(positions >= self.count)] = IGNORED_LABEL
+        return batch
