@@ -143,7 +143,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], int | None]], 
     def decorate(run: Callable[[DictConfig], int | None]) -> Callable[[], None]:
         @functools.wraps(run)
         def task(config: DictConfig) -> None:
-            # Mistakes are reported here, because Hydra announces every exception that leaves a job in a line of its own.
+            # Mistakes are reported here, because Hydra adds a line of its own to any exception that leaves a job.
             try:
                 check_keys(config)
                 code = run(config)
@@ -157,6 +157,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], int | None]], 
             register_configs()
             # Hydra would otherwise print a traceback of its own and leave with code 1.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            GlobalHydra.instance().clear()
             main = hydra.main(version_base="1.3", config_path=str(shipped_folder("conf")), config_name=config_name)
             try:
                 main(task)()

@@ -1,6 +1,5 @@
 """Mistakes on the command line: one clear line, exit code 2, nothing written."""
 
-import os
 import subprocess
 import sys
 
@@ -8,15 +7,23 @@ import pytest
 
 from mamba3_train.config import check_keys, compose
 from mamba3_train.errors import UserError
+from mamba3_train.train import cli
 
-RUN = [sys.executable, "-m", "mamba3_train"]
+COMMAND = [sys.executable, "-m", "mamba3_train"]
 
 
-def run(folder, *arguments):
-    environment = os.environ | {"HYDRA_FULL_ERROR": "0"}
-    return subprocess.run(
-        [*RUN, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Call the command in an empty folder; returns exit code, output and errors."""
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["mamba3_train", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli()
+        return stop.value.code, *capfd.readouterr()
+
+    return call
 
 
 @pytest.mark.parametrize(
@@ -38,18 +45,27 @@ def run(folder, *arguments):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_one_clear_line_and_exit_code_2(arguments, complaint, tmp_path):
-    result = run(tmp_path, *arguments)
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
+def test_one_clear_line_and_exit_code_2(arguments, complaint, run, tmp_path):
+    code, _, errors = run(*arguments)
+    assert code == 2
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1, errors
     assert lines[0].startswith("error: ")
     assert complaint in lines[0]
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_mistake_ends_the_process_with_code_2(tmp_path):
+    command = [*COMMAND, "+recipe=nothing"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: there is no recipe named 'nothing'. ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_help_names_recipes_and_keys(tmp_path):
-    result = run(tmp_path, "--help")
+    command = [*COMMAND, "--help"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0
     for expected in ("+recipe=NAME", "quickstart", "1.5b_mimo", "max_steps", "resume"):
         assert expected in result.stdout

@@ -98,10 +98,13 @@ def test_initial_values():
     initialize(model, config, seed=0)
     mixer = model.layers[0].mixer
     dt = torch.nn.functional.softplus(mixer.dt_bias)
-    assert dt.min() >= 0.99e-3 and dt.max() <= 0.101 and dt.log().std() > 1
-    assert torch.equal(mixer.B_bias, torch.ones(64, 4, 8)) and torch.equal(mixer.D, torch.ones(64))
-    assert torch.equal(mixer.mimo_x, torch.full((64, 4, 8), 0.25)) and torch.equal(mixer.mimo_z, torch.ones(64, 4, 8))
-    assert torch.equal(mixer.mimo_o, torch.full((64, 4, 8), 0.25))
+    assert dt.min() >= 0.99e-3
+    assert dt.max() <= 0.101
+    assert dt.log().std() > 1
+    for ones in (mixer.B_bias, mixer.C_bias, mixer.D, mixer.mimo_z):
+        assert torch.equal(ones, torch.ones_like(ones))
+    for mean in (mixer.mimo_x, mixer.mimo_o):
+        assert torch.equal(mean, torch.full((64, 4, 8), 0.25))
     assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert mixer.in_proj.weight.abs().max().item() == pytest.approx(1 / 16, rel=0.01)
     assert mixer.out_proj.weight.abs().max().item() == pytest.approx(1 / 512**0.5 / 2, rel=0.01)
