@@ -1,26 +1,33 @@
 """`python -m mamba3_train.prepare`: make, verify or look at a prepared corpus."""
 
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from mamba3_train.config import command
+from mamba3_train.data.inspection import show
 from mamba3_train.data.preparation import Preparation
 from mamba3_train.data.token_shards import Manifest, verify
 from mamba3_train.errors import UserError
 
-MODES = ("output", "verify")
+MODES = ("output", "verify", "show")
+
+SHOW_SETTINGS = ("rows", "sequence_length")
 
 
 @command("prepare")
 def main(config: DictConfig) -> None:
-    """Do the one thing that was asked for: `output=DIR`, or `verify=DIR`."""
+    """Do the one thing that was asked for: `output=DIR`, `verify=DIR` or `show=DIR`."""
     asked = [mode for mode in MODES if config[mode] is not None]
     if len(asked) != 1:
         raise UserError(f"give exactly one of {', '.join(f'{mode}=DIR' for mode in MODES)}")
     if config.verify is not None:
         print(f"{config.verify}: every shard is as its manifest says; {summary(verify(config.verify))}")
         return
+    if config.show is not None:
+        show(config.show, Console(highlight=False), rows=config.rows, sequence_length=config.sequence_length)
+        return
     settings = OmegaConf.to_container(config, resolve=True)
-    preparation = Preparation(**{key: value for key, value in settings.items() if key not in MODES})
+    preparation = Preparation(**{key: value for key, value in settings.items() if key not in (*MODES, *SHOW_SETTINGS)})
     manifest = preparation.run(config.output)
     print(f"{config.output}: {summary(manifest)}")
 

@@ -36,6 +36,25 @@ def test_make_and_verify(command, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
+def test_show(command, tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            (tmp_path / name / f"{number}.txt").write_text(f"The {name} source, text {number}. " * 5)
+    command(
+        "+sources.one.path=first",
+        "+sources.two.path=second",
+        "output=out",
+        "tokenizer.train.vocab_size=300",
+        "workers=1",
+    )
+    code, output, _ = command("show=out", "rows=2", "sequence_length=64")
+    assert code == 0
+    assert all(word in output for word in ("one", "two", "train", "source, text", "document begins"))
+    assert output.count("row ") == 2
+    assert (tmp_path / "out" / "document_lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -4,6 +4,7 @@ import difflib
 import errno
 import fcntl
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -105,6 +106,9 @@ class Preparation:
         given |= dict(self.sources)
         if not given:
             raise UserError("no text to read: give source.path=PATH (a file, folder, glob, address or hub dataset)")
+        for name in given:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise UserError(f"sources.{name}: a source's name is made of letters, digits, '_', '-' and '.'")
         sources = {
             name: _build(TextSource, source, "source" if single is source else f"sources.{name}")
             for name, source in given.items()
