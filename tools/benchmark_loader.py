@@ -12,14 +12,15 @@ import numpy as np
 import torch
 
 from mamba3_train.data.datamodule import TokenDataModule
-from mamba3_train.data.token_shards import Manifest, ShardWriter, write_manifest
+from mamba3_train.data.shard_writer import ShardWriter, write_manifest
+from mamba3_train.data.token_shards import Manifest
 
 
 def synthetic_corpus(folder: Path, tokens: int, vocab_size: int = 128_256, mean_length: int = 800) -> None:
     """Write a corpus of random tokens in documents of geometric length."""
     chance = np.random.default_rng(0)
     writer = ShardWriter(folder, "synthetic", "train", np.dtype("<u4"), shard_tokens=1 << 27)
-    while sum(shard.tokens for shard in writer.shards) + writer.unfinished_tokens < tokens:
+    while writer.tokens < tokens:
         lengths = chance.geometric(1 / mean_length, 10_000)
         writer.add(chance.integers(0, vocab_size, lengths.sum(), dtype=np.uint32), lengths)
     writer.close()

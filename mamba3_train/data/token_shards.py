@@ -8,10 +8,10 @@ Files are written in a temporary folder and moved here; the manifest comes last,
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from mamba3_train.errors import UserError
 MANIFEST = "manifest.json"
 FORMAT = "mamba3_train.token_shards"
 VERSION = 1
+
+# How long a look at a shard's size and time of change is good for: a shared file system must not be asked at every row.
+RECHECK_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -69,36 +72,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def publish(path: Path, content: bytes) -> None:
-    """Write a file so that it is either absent, or old, or complete on the disk: never half written."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        _sync(file)
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make creations and renamings in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Publish a corpus: everything the manifest names must be in place already."""
-    content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
-    publish(folder / MANIFEST, json.dumps(content, indent=2).encode() + b"\n")
-
-
 def read_manifest(folder: str | Path) -> Manifest:
     """Read and check the manifest of a prepared folder.
 
@@ -118,104 +91,6 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"{path} is not a readable manifest ({error}); prepare the corpus again") from error
 
 
-class ShardWriter:
-    """Writes the documents of one split of one source as shards of about `shard_tokens` tokens.
-
-    A shard ends with the document that reaches the size; shards are named `{source}-{split}-{number}`.
-
-    Args:
-        folder: where the shards go; not to be read from before they are published by a manifest.
-        dtype: of the stored tokens.
-        state: what `state()` returned; writing goes on from there, whatever was written after it is dropped.
-    """
-
-    def __init__(
-        self, folder: Path, source: str, split: str, dtype: np.dtype, shard_tokens: int, state: dict | None = None
-    ):
-        self.folder, self.source, self.split = folder, source, split
-        self.dtype, self.shard_tokens = dtype, shard_tokens
-        self.shards = [Shard(**shard) for shard in state["shards"]] if state else []
-        self._tokens = self._documents = 0
-        self._bin = self._lengths = None
-        if state and state["documents"]:
-            self._reopen(state["tokens"], state["documents"])
-
-    @property
-    def tokens(self) -> int:
-        """Tokens written, in all shards."""
-        return sum(shard.tokens for shard in self.shards) + self._tokens
-
-    def state(self) -> dict:
-        """Plain values that describe all that was written; what they describe is safe on the disk."""
-        for file in (self._bin, self._lengths):
-            if file is not None:
-                _sync(file)
-        return {"shards": [asdict(s) for s in self.shards], "tokens": self._tokens, "documents": self._documents}
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: their tokens one after another, and the length of each (all at least 1)."""
-        ends = np.cumsum(lengths)
-        begin = first = 0
-        while first < len(lengths):
-            if self._bin is None:
-                self._open("wb")
-            room = self.shard_tokens - self._tokens
-            last = min(int(np.searchsorted(ends, begin + room)), len(lengths) - 1)
-            self._append(tokens[begin : ends[last]], lengths[first : last + 1])
-            begin, first = int(ends[last]), last + 1
-            if self._tokens >= self.shard_tokens:
-                self.close()
-
-    def _path(self, ending: str) -> Path:
-        return self.folder / f"{self.source}-{self.split}-{len(self.shards):05d}.{ending}"
-
-    def _open(self, mode: str) -> None:
-        self._bin = open(self._path("bin"), mode)  # noqa: SIM115
-        self._lengths = open(self._path("lengths"), mode)  # noqa: SIM115
-        self._hash = hashlib.sha256()
-
-    def _reopen(self, tokens: int, documents: int) -> None:
-        os.truncate(self._path("bin"), tokens * self.dtype.itemsize)
-        os.truncate(self._path("lengths"), documents * 8)
-        self._open("ab")
-        with open(self._path("bin"), "rb") as file:
-            while block := file.read(1 << 24):
-                self._hash.update(block)
-        self._tokens, self._documents = tokens, documents
-
-    def _append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        data = np.ascontiguousarray(tokens, dtype=self.dtype).data
-        self._bin.write(data)
-        self._hash.update(data)
-        self._lengths.write(np.ascontiguousarray(lengths, dtype="<i8").data)
-        self._tokens += len(tokens)
-        self._documents += len(lengths)
-
-    def close(self) -> None:
-        """Finish the shard being written, if any."""
-        if self._bin is None:
-            return
-        self.state()
-        self._bin.close()
-        self._lengths.close()
-        offsets = np.concatenate([[0], np.fromfile(self._path("lengths"), dtype="<i8").cumsum()]).astype("<i8")
-        with open(self._path("offsets.npy"), "wb") as file:
-            np.save(file, offsets)
-            _sync(file)
-        self.shards.append(
-            Shard(
-                name=self._path("bin").stem,
-                source=self.source,
-                tokens=self._tokens,
-                documents=self._documents,
-                sha256=self._hash.hexdigest(),
-                offsets_sha256=_sha256(self._path("offsets.npy")),
-            )
-        )
-        self._bin = self._lengths = None
-        self._tokens = self._documents = 0
-
-
 class TokenSplit:
     """The documents of one split, one after another, as a single array of tokens that stays on the disk.
 
@@ -229,7 +104,8 @@ class TokenSplit:
         source: only this source's documents; None takes all, source after source.
 
     Raises:
-        UserError: a shard is missing or has another size than the manifest says.
+        UserError: a shard is missing or has another size than the manifest says; later, when one is read, that it
+            changed since.
     """
 
     def __init__(self, folder: str | Path, manifest: Manifest, split: str, source: str | None = None):
@@ -240,13 +116,36 @@ class TokenSplit:
         self.starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self.tokens = int(self.starts[-1])
         check_sizes(self.folder, self.shards, self.dtype)
+        self._stamps = [self._stamp(number) for number in range(len(self.shards))]
+        self._checked: dict[int, float] = {}
         self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_checked": {}}
+
+    def _stamp(self, number: int) -> list[tuple[int, int, int]]:
+        """What changes when somebody writes to a shard or puts another in its place."""
+        name = self.shards[number].name
+        found = [os.stat(self.folder / f"{name}.{ending}") for ending in ("bin", "offsets.npy")]
+        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
+
+    def _check_unchanged(self, number: int) -> None:
+        """Refuse a shard that is not the one found at the start; reading a truncated map would end the process."""
+        now = time.monotonic()
+        if now - self._checked.get(number, -np.inf) < RECHECK_SECONDS:
+            return
+        try:
+            same = self._stamp(number) == self._stamps[number]
+        except FileNotFoundError:
+            same = False
+        if not same:
+            path = self.folder / f"{self.shards[number].name}.bin"
+            raise UserError(f"shard changed while it was being read: {path}; prepare the corpus again, then resume")
+        self._checked[number] = now
 
     def shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and document offsets of one shard."""
+        self._check_unchanged(number)
         if number not in self._open:
             name = self.shards[number].name
             tokens = np.memmap(self.folder / f"{name}.bin", dtype=self.dtype, mode="r")
@@ -310,7 +209,7 @@ def check_sizes(folder: Path, shards: tuple[Shard, ...], dtype: np.dtype) -> Non
                 )
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -330,7 +229,7 @@ def verify(folder: str | Path) -> Manifest:
             (folder / f"{shard.name}.bin", shard.sha256),
             (folder / f"{shard.name}.offsets.npy", shard.offsets_sha256),
         ):
-            if _sha256(path) != expected:
+            if sha256(path) != expected:
                 raise UserError(f"corrupt shard: {path} does not have the SHA-256 of its manifest; prepare it again")
     if Tokenizer.of_corpus(folder, manifest.end_of_document_id).fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(f"{folder / FILE_NAME} is not the tokenizer that these shards were made with")

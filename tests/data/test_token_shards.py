@@ -1,10 +1,12 @@
 """Shards: open to numpy alone, and never read when something is wrong with them."""
 
+import os
 import shutil
 
 import numpy as np
 import pytest
 
+from mamba3_train.data import token_shards
 from mamba3_train.data.token_shards import TokenSplit, read_manifest, verify
 from mamba3_train.data.tokenizer import Tokenizer
 from mamba3_train.errors import UserError
@@ -52,6 +54,31 @@ def test_truncated_and_missing_shards_are_refused_at_open(copy, damage, ending):
         path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match=path.name):
         TokenSplit(copy, manifest, "train")
+
+
+@pytest.mark.parametrize("change", ["truncated", "replaced", "rewritten", "missing"])
+def test_shard_that_changes_under_a_running_job(copy, change, monkeypatch):
+    monkeypatch.setattr(token_shards, "RECHECK_SECONDS", 0)
+    manifest = read_manifest(copy)
+    split = TokenSplit(copy, manifest, "train")
+    path = copy / f"{manifest.splits['train'][0].name}.bin"
+    before, _, _ = split.read(np.array([0]), 100)
+    content = path.read_bytes()
+    other = bytes(reversed(content))
+    assert other[:200] != before.tobytes()
+    if change == "truncated":
+        os.truncate(path, 10)
+    elif change == "missing":
+        path.unlink()
+    elif change == "replaced":
+        (copy / "other").write_bytes(other)
+        os.replace(copy / "other", path)
+    else:
+        path.write_bytes(other)
+    with pytest.raises(UserError, match=path.name):
+        split.read(np.array([0]), 100)
+    after, _, _ = split.read(np.array([manifest.splits["train"][0].tokens]), 100)
+    assert after.shape == (1, 100)
 
 
 def test_another_tokenizer_is_found(copy):
