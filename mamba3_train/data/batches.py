@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from mamba3_train.data.best_fit import BestFitRows
 from mamba3_train.data.mixture import Mixture
 from mamba3_train.data.packing import IGNORED_LABEL, CutRows, Rows, pack, scatter
 from mamba3_train.data.sampler import samples_at
@@ -21,7 +22,7 @@ class TrainingBatches(Dataset):
         seed: of the shuffling of each source, anew in each of its epochs.
     """
 
-    def __init__(self, sources: Mapping[str, CutRows], mixture: Mixture | None, seed: int):
+    def __init__(self, sources: Mapping[str, CutRows | BestFitRows], mixture: Mixture | None, seed: int):
         self.sources = dict(sources)
         self.mixture = mixture
         self.seed = seed
@@ -46,7 +47,7 @@ class TrainingBatches(Dataset):
             parts.append((places, self._read(self.sources[name], indices[places], stream)))
         return pack(scatter(parts, len(positions)))
 
-    def _read(self, rows: CutRows, indices: np.ndarray, stream: int) -> Rows:
+    def _read(self, rows: CutRows | BestFitRows, indices: np.ndarray, stream: int) -> Rows:
         return rows.read(samples_at(indices, rows.count, self.seed, stream))
 
     def epochs(self, position: int) -> dict[str, float]:
@@ -64,7 +65,7 @@ class ValidationBatches(Dataset):
     with every label ignored, so that the set of targets does not depend on the number of ranks.
     """
 
-    def __init__(self, rows: CutRows, count: int, micro_batch_size: int, rank: int, world_size: int):
+    def __init__(self, rows: CutRows | BestFitRows, count: int, micro_batch_size: int, rank: int, world_size: int):
         self.rows = rows
         self.count = count
         self.micro_batch_size = micro_batch_size

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mamba3_train.data.batches import TrainingBatches, ValidationBatches
+from mamba3_train.data.best_fit import BestFitRows, write_plans
 from mamba3_train.data.mixture import Mixture, read_stages
 from mamba3_train.data.packing import CutRows
 from mamba3_train.data.preparation import Preparation
@@ -21,6 +22,8 @@ from mamba3_train.errors import UserError
 # A corpus up to this size is hashed whole at every start (about a second a GiB); a larger one is checked by file sizes,
 # and in full by `python -m mamba3_train.prepare verify=DIR`.
 HASH_AT_START_BYTES = 1 << 30
+
+PACKINGS = ("cut", "best_fit")
 
 
 class TokenDataModule(lightning.LightningDataModule):
@@ -43,6 +46,7 @@ class TokenDataModule(lightning.LightningDataModule):
         num_workers: loader processes.
         validation_sequences: rows that a validation reads, at most.
         vocab_size: entries the model expects; None takes those of the corpus.
+        packing: how documents fill rows: "cut" lays them end to end and cuts, "best_fit" keeps them whole where it can.
         mixture: weights of the corpus's sources, `{name: weight}`, or a list of `{from_tokens: N, weights: {…}}` that
             changes them as the run goes; None reads all sources in the proportion of their sizes.
         prepare: how the corpus is made when it is missing.
@@ -63,6 +67,7 @@ class TokenDataModule(lightning.LightningDataModule):
         num_workers: int = 2,
         validation_sequences: int = 256,
         vocab_size: int | None = None,
+        packing: str = "cut",
         mixture: Mapping | Sequence | None = None,
         prepare: Preparation | None = None,
     ):
@@ -74,6 +79,8 @@ class TokenDataModule(lightning.LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"data.{key}={value} must be at least 1")
+        if packing not in PACKINGS:
+            raise UserError(f"data.packing={packing} must be one of {', '.join(PACKINGS)}")
         self.path = Path(path)
         self.sequence_length = sequence_length
         self.global_batch_size = global_batch_size
@@ -82,6 +89,7 @@ class TokenDataModule(lightning.LightningDataModule):
         self.num_workers = num_workers
         self.validation_sequences = validation_sequences
         self.expected_vocab_size = vocab_size
+        self.packing = packing
         self.mixture = mixture
         self.prepare = prepare
         self.samples_consumed = 0
@@ -95,6 +103,8 @@ class TokenDataModule(lightning.LightningDataModule):
         item_size = np.dtype(manifest.dtype).itemsize
         if sum(shard.tokens for shard in manifest.shards()) * item_size <= HASH_AT_START_BYTES:
             verify(self.path)
+        if self.packing == "best_fit":
+            write_plans(self.path, manifest, self.sequence_length)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the shards and check every size that batches depend on."""
@@ -106,7 +116,12 @@ class TokenDataModule(lightning.LightningDataModule):
                 f"set data.vocab_size={self.manifest.vocab_size} or prepare the corpus with the other tokenizer"
             )
         self.training = self._training()
-        self.validation = CutRows(TokenSplit(self.path, self.manifest, "validation"), self.sequence_length)
+        self.validation = self._rows(TokenSplit(self.path, self.manifest, "validation"))
+
+    def _rows(self, split: TokenSplit) -> CutRows | BestFitRows:
+        if self.packing == "best_fit":
+            return BestFitRows(split, self.sequence_length, padding=self.manifest.end_of_document_id)
+        return CutRows(split, self.sequence_length)
 
     def _training(self) -> TrainingBatches:
         if self.mixture is None:
@@ -114,7 +129,7 @@ class TokenDataModule(lightning.LightningDataModule):
         else:
             mixture = Mixture(read_stages(self.mixture, self.sequence_length), self.manifest.sources())
             sources = {name: TokenSplit(self.path, self.manifest, "train", name) for name in mixture.sources}
-        rows = {name: CutRows(split, self.sequence_length) for name, split in sources.items()}
+        rows = {name: self._rows(split) for name, split in sources.items()}
         for name in rows:
             if not rows[name].count and (mixture is None or mixture.uses(name)):
                 which = self.path if mixture is None else f"{self.path}, source {name},"

@@ -15,12 +15,14 @@ class Rows:
     """Rows of L inputs, each with one more token for the last target.
 
     tokens: (rows, L + 1) unsigned integers.
-    boundary_rows, boundary_columns: (n,) where a document begins inside a row; columns in [1, L].
+    boundary_rows, boundary_columns: (n,) where a document, or padding, begins inside a row; columns in [1, L].
+    filled: (rows,) inputs before the padding; None when there is none.
     """
 
     tokens: np.ndarray
     boundary_rows: np.ndarray
     boundary_columns: np.ndarray
+    filled: np.ndarray | None = None
 
 
 class CutRows:
@@ -50,7 +52,13 @@ def scatter(parts: list[tuple[np.ndarray, Rows]], count: int) -> Rows:
     for places, rows in parts:
         tokens[places] = rows.tokens
     boundary_rows = np.concatenate([places[rows.boundary_rows] for places, rows in parts])
-    return Rows(tokens, boundary_rows, np.concatenate([rows.boundary_columns for _, rows in parts]))
+    boundary_columns = np.concatenate([rows.boundary_columns for _, rows in parts])
+    filled = None
+    if any(rows.filled is not None for _, rows in parts):
+        filled = np.empty(count, dtype=np.int64)
+        for places, rows in parts:
+            filled[places] = rows.filled
+    return Rows(tokens, boundary_rows, boundary_columns, filled)
 
 
 def pack(rows: Rows) -> dict[str, torch.Tensor]:
@@ -58,7 +66,7 @@ def pack(rows: Rows) -> dict[str, torch.Tensor]:
 
     Returns:
         input_ids: (rows, L) int64.
-        labels: (rows, L) int64, the next token, or -100 where that token opens another document.
+        labels: (rows, L) int64, the next token, or -100 where that token opens another document or is padding.
         document_ids: (rows, L) int32, 0 at the start of a row and one more at every document that begins in it; the
             model restarts its state wherever the number changes.
     """
@@ -66,6 +74,8 @@ def pack(rows: Rows) -> dict[str, torch.Tensor]:
     begins[rows.boundary_rows, rows.boundary_columns] = 1
     labels = rows.tokens[:, 1:].astype(np.int64)
     labels[rows.boundary_rows, rows.boundary_columns - 1] = IGNORED_LABEL
+    if rows.filled is not None:
+        labels[np.arange(labels.shape[1]) >= rows.filled[:, None]] = IGNORED_LABEL
     return {
         "input_ids": torch.from_numpy(rows.tokens[:, :-1].astype(np.int64)),
         "labels": torch.from_numpy(labels),

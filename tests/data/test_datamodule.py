@@ -45,6 +45,7 @@ def test_global_batches_do_not_depend_on_ranks(corpus, world_size, micro_batch_s
     assert global_batches(corpus, world_size, micro_batch_size=micro_batch_size) == expected
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [2, 4])
 def test_global_batches_do_not_depend_on_workers(corpus, num_workers):
     assert global_batches(corpus, 2, num_workers=num_workers) == global_batches(corpus, 1)
