@@ -82,11 +82,18 @@ class StepSampler(Sampler[range]):
         self.global_batch_size = global_batch_size
         self.share = global_batch_size // world_size
         self.offset = rank * self.share
+        self._finished = False
 
     def __iter__(self) -> Iterator[range]:
+        if self._finished:
+            raise RuntimeError(
+                f"all {self.length} steps of the run are read and another pass began, which would repeat data: "
+                "total_steps is not the Trainer's max_steps, or the Trainer's own progress was not restored"
+            )
         for step in range(self.steps):
             start = self.samples_consumed + step * self.global_batch_size + self.offset
             yield range(start, start + self.share)
+        self._finished = True
 
     def __len__(self) -> int:
         return self.length

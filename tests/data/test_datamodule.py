@@ -65,6 +65,13 @@ def test_length_counts_the_whole_run(corpus):
     assert len(list(loader)) == 4
 
 
+def test_a_second_pass_does_not_repeat_data_unnoticed(corpus):
+    loader = module(corpus).train_dataloader()
+    assert len(list(loader)) == 6
+    with pytest.raises(RuntimeError, match="total_steps"):
+        list(loader)
+
+
 def test_other_seed_other_order(corpus):
     assert set(global_batches(corpus, 1)).isdisjoint(global_batches(corpus, 1, seed=6))
 
