@@ -4,7 +4,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from mamba3_train.config import command
-from mamba3_train.data.inspection import show
 from mamba3_train.data.preparation import Preparation
 from mamba3_train.data.token_shards import Manifest, verify
 from mamba3_train.errors import UserError
@@ -24,6 +23,8 @@ def main(config: DictConfig) -> None:
         print(f"{config.verify}: every shard is as its manifest says; {summary(verify(config.verify))}")
         return
     if config.show is not None:
+        from mamba3_train.data.inspection import show  # needs torch, which preparing does not
+
         show(config.show, Console(highlight=False), rows=config.rows, sequence_length=config.sequence_length)
         return
     settings = OmegaConf.to_container(config, resolve=True)

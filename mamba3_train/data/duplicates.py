@@ -1,5 +1,6 @@
 """Exact duplicates: a set of 128-bit digests that lives in a file, so that memory does not grow with the corpus."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,4 +72,7 @@ class DigestSet:
     def _new(self, slots: int) -> np.ndarray:
         # The old file stays readable through its map until that is dropped.
         self.path.unlink(missing_ok=True)
-        return np.memmap(self.path, dtype=np.uint64, mode="w+", shape=(slots, 2)).view(np.ndarray)
+        with open(self.path, "wb") as file:
+            # Reserved now: on a full disk, writing to a map without room behind it would end the process.
+            os.posix_fallocate(file.fileno(), 0, slots * 16)
+        return np.memmap(self.path, dtype=np.uint64, mode="r+", shape=(slots, 2)).view(np.ndarray)

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,13 +224,13 @@ def verify(folder: str | Path) -> Manifest:
     folder = Path(folder)
     manifest = read_manifest(folder)
     dtype = np.dtype(manifest.dtype)
-    for shard in manifest.shards():
-        check_sizes(folder, (shard,), dtype)
-        for path, expected in (
-            (folder / f"{shard.name}.bin", shard.sha256),
-            (folder / f"{shard.name}.offsets.npy", shard.offsets_sha256),
-        ):
-            if sha256(path) != expected:
+    shards = tuple(manifest.shards())
+    check_sizes(folder, shards, dtype)
+    expected = {folder / f"{shard.name}.bin": shard.sha256 for shard in shards}
+    expected |= {folder / f"{shard.name}.offsets.npy": shard.offsets_sha256 for shard in shards}
+    with ThreadPoolExecutor() as executor:  # hashing lets other threads run
+        for path, found in zip(expected, executor.map(sha256, expected), strict=True):
+            if found != expected[path]:
                 raise UserError(f"corrupt shard: {path} does not have the SHA-256 of its manifest; prepare it again")
     if Tokenizer.of_corpus(folder, manifest.end_of_document_id).fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(f"{folder / FILE_NAME} is not the tokenizer that these shards were made with")

@@ -68,19 +68,12 @@ class Tokenizer:
     def from_file(cls, path: str | Path, end_of_document: str | None = None) -> "Tokenizer":
         """Read a `tokenizer.json`, or the one inside a folder."""
         path = Path(path)
-        path = path / FILE_NAME if path.is_dir() else path
-        if not path.is_file():
-            raise UserError(f"tokenizer file not found: {path}")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"not a tokenizer.json that `tokenizers` can read: {path} ({error})") from error
-        return cls(backend, end_of_document)
+        return cls(_read(path / FILE_NAME if path.is_dir() else path), end_of_document)
 
     @classmethod
     def of_corpus(cls, folder: str | Path, end_of_document_id: int) -> "Tokenizer":
         """Read the tokenizer of a prepared folder, whose manifest knows the end-of-document id."""
-        backend = tokenizers.Tokenizer.from_file(str(Path(folder) / FILE_NAME))
+        backend = _read(Path(folder) / FILE_NAME)
         return cls(backend, backend.id_to_token(end_of_document_id))
 
     @classmethod
@@ -117,3 +110,12 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of a sequence of ids."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+
+def _read(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise UserError(f"tokenizer file not found: {path}")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"not a tokenizer.json that `tokenizers` can read: {path} ({error})") from error
