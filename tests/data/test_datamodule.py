@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 
+from mamba3_train.config import compose
 from mamba3_train.data import Preparation, TokenDataModule
 from mamba3_train.data.packing import IGNORED_LABEL, pack
 from mamba3_train.errors import UserError
@@ -159,3 +161,13 @@ def test_mixture_changes_at_a_token_count(two_sources):
 def test_unknown_source_in_a_mixture(two_sources):
     with pytest.raises(UserError, match=r"source middle; the corpus has: upper, lower"):
         module(two_sources, mixture={"middle": 1})
+
+
+@pytest.mark.parametrize("name", ["python_stdlib", "fineweb_edu", "shards"])
+def test_shipped_configs_build(name):
+    given = ["data.path=somewhere", "data.vocab_size=300"] if name == "shards" else []
+    config = compose("+recipe=quickstart", f"data={name}", *given, "data.mixture={text: 1}", "data.packing=best_fit")
+    data = instantiate(config.data)
+    assert data.seed == config.run.seed
+    assert data.tokens_per_step == data.global_batch_size * data.sequence_length
+    assert (data.prepare is not None and data.prepare.automatic) == (name == "python_stdlib")

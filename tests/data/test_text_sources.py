@@ -1,0 +1,65 @@
+"""Sources: reading on from any position gives exactly the rest."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from mamba3_train.data import text_sources
+from mamba3_train.data.text_sources import TextSource
+
+TEXTS = [f"text {number} " * (number % 5 + 1) for number in range(50)]
+
+
+def write(kind, folder):
+    lines = [json.dumps({"number": n, "text": text}) + "\n" for n, text in enumerate(TEXTS)]
+    if kind == "texts":
+        for number, text in enumerate(TEXTS):
+            (folder / f"{number:02d}.txt").write_text(text)
+    elif kind == "parquet":
+        for part in range(2):
+            table = pyarrow.table({"text": TEXTS[part * 25 : part * 25 + 25]})
+            pyarrow.parquet.write_table(table, folder / f"{part}.parquet", row_group_size=4)
+    elif kind == "jsonl":
+        (folder / "a.jsonl").write_text("".join(lines[:30]))
+        (folder / "b.jsonl").write_text("".join(lines[30:]))
+    elif kind == "jsonl.gz":
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+
+
+@pytest.mark.parametrize("kind", ["texts", "parquet", "jsonl", "jsonl.gz"])
+def test_reading_on_gives_the_rest(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(text_sources, "ROWS_A_BATCH", 7)
+    write(kind, tmp_path)
+    source = TextSource(str(tmp_path), min_characters=8, max_bytes=900)
+    batches = list(source.read())
+    texts = [text for batch, _ in batches for text in batch]
+    assert texts == [text for text in TEXTS if len(text) >= 8][: len(texts)]
+    assert 900 <= sum(map(len, texts)) < 950
+    for number in range(0, len(batches), 3):
+        position = json.loads(json.dumps(batches[number][1]))
+        rest = [text for batch, _ in source.read(position) for text in batch]
+        assert rest == [text for batch, _ in batches[number + 1 :] for text in batch]
+
+
+def test_reading_on_in_the_standard_library():
+    source = TextSource("python_stdlib", max_bytes=400_000)
+    batches = list(source.read())
+    assert len(batches) > 1
+    rest = [text for batch, _ in source.read(batches[0][1]) for text in batch]
+    assert rest == [text for batch, _ in batches[1:] for text in batch]
+
+
+@pytest.mark.parametrize(("kind", "known"), [("texts", True), ("jsonl", True), ("parquet", False), ("jsonl.gz", False)])
+def test_size_is_known_where_it_can_be(tmp_path, kind, known):
+    write(kind, tmp_path)
+    assert (TextSource(str(tmp_path)).size() is not None) == known
+    assert TextSource(str(tmp_path), max_bytes=5).size() == 5
+
+
+def test_address_and_glob(tmp_path):
+    write("jsonl", tmp_path)
+    assert list(TextSource(f"file://{tmp_path}/a.jsonl").documents()) == TEXTS[:30]
+    assert list(TextSource(f"{tmp_path}/*.jsonl").documents()) == TEXTS
