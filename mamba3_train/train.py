@@ -21,6 +21,7 @@ def cli(config: DictConfig) -> int:
     from mamba3_train.checkpoint.resume import open_run_folder
     from mamba3_train.model.cost import model_cost
     from mamba3_train.training.callbacks import Preempted
+    from mamba3_train.training.hardware import choose_precision
     from mamba3_train.training.report import report
 
     _quiet()
@@ -30,6 +31,7 @@ def cli(config: DictConfig) -> int:
     data = instantiate(config.data)
     module = build_module(config, model_config)
     strategy = build_strategy(config)
+    precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
     data.check_batch_size(config.trainer.devices * config.trainer.num_nodes)
     data.prepare_data()
     data.setup()
@@ -48,7 +50,7 @@ def cli(config: DictConfig) -> int:
     )
 
     lightning.seed_everything(config.run.seed, verbose=False)
-    trainer = build_trainer(config, strategy, data, cost, checkpoint, step, console)
+    trainer = build_trainer(config, strategy, precision, data, cost, checkpoint, step, console)
     try:
         trainer.fit(module, datamodule=data)
     except Preempted as stop:
@@ -83,13 +85,12 @@ def build_strategy(config: DictConfig):
     return instantiate(config.strategy, **devices)
 
 
-def build_trainer(config: DictConfig, strategy, data, cost, checkpoint: Path | None, step: int, console):
+def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoint: Path | None, step: int, console):
     """Lightning's Trainer with our callbacks and loggers; it does the loop and nothing of saving or showing."""
     import lightning
     from hydra.utils import instantiate
 
     from mamba3_train.training import callbacks
-    from mamba3_train.training.hardware import choose_precision
     from mamba3_train.training.metrics_file import MetricsFile
 
     folder, every_n_steps = Path(config.run.dir), config.trainer.log_every_n_steps
@@ -115,7 +116,7 @@ def build_trainer(config: DictConfig, strategy, data, cost, checkpoint: Path | N
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
-        precision=choose_precision(config.trainer.precision, config.trainer.accelerator),
+        precision=precision,
         max_steps=config.trainer.max_steps,
         val_check_interval=config.validation.every_n_steps or None,
         check_val_every_n_epoch=None,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,23 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, quickstart_corpus):
     _, err = Run(tmp_path, quickstart_corpus).finish(code=2)
     assert "is not empty and holds no run" in err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_corrupt_or_missing_corpus_is_named_before_anything_is_written(tmp_path, quickstart_corpus):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(quickstart_corpus, corpus)
+    shard = max(corpus.rglob("*.bin"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    run = Run(tmp_path / "run", corpus)
+    _, err = run.finish(code=2)
+    assert shard.name in err
+    assert len(err.strip().splitlines()) == 1
+    shutil.rmtree(corpus)
+    _, err = run.finish(code=2)
+    assert f"no prepared corpus at data.path={corpus}" in err
+    assert not run.folder.exists()
 
 
 def test_accumulation_and_validation_size_do_not_change_the_run(tmp_path, quickstart_corpus, uninterrupted):

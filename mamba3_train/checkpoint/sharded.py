@@ -50,9 +50,12 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state
     (partial / CONFIG).write_text(config_yaml)
     (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())}
-    _write_durably(partial / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+    (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+    for path in (*partial.iterdir(), partial):
+        _to_disk(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+    _to_disk(folder.parent)
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
@@ -141,8 +144,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

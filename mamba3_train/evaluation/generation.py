@@ -6,7 +6,7 @@ from torch import Tensor
 from mamba3_train.model import Mamba3LM
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: Mamba3LM,
     prompt: Tensor,

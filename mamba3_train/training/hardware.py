@@ -2,6 +2,8 @@
 
 import torch
 
+from mamba3_train.errors import UserError
+
 # Dense bfloat16 peak of the SXM parts, FLOP/s (vendor data sheets, without sparsity).
 PEAK_BF16_FLOPS = {
     "NVIDIA A100": 312e12,
@@ -19,12 +21,31 @@ def peak_flops(device_name: str) -> float | None:
     return None
 
 
+def on_gpu(accelerator: str) -> bool:
+    """Whether training runs on a CUDA device: asked for, or `auto` and there is one.
+
+    Raises:
+        UserError: an unknown accelerator, or a GPU asked for where there is none.
+    """
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise UserError(f"trainer.accelerator={accelerator} must be one of auto, cpu, gpu")
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator=gpu, but torch finds no CUDA device here: use cpu or auto")
+    return accelerator != "cpu" and torch.cuda.is_available()
+
+
 def choose_precision(precision: str, accelerator: str) -> str:
-    """Lightning's name of a precision; `auto` is bf16-mixed where the device computes in bfloat16, else 32-true."""
+    """Lightning's name of a precision; `auto` is bf16-mixed where the device computes in bfloat16, else 32-true.
+
+    Raises:
+        UserError: any other one: parameters stay float32, and float16's range is too small for the scan's decays.
+    """
+    if precision not in ("auto", "32-true", "bf16-mixed"):
+        raise UserError(f"trainer.precision={precision} must be one of auto, 32-true, bf16-mixed")
     if precision != "auto":
         return precision
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    half = on_gpu(accelerator) and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if half else "32-true"
 
 
 def peak_memory_gib(device: torch.device) -> float:
