@@ -10,6 +10,14 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` and `multi_gpu` wait for a machine that has one, or two."""
+    for item in items:
+        for mark, needed in (("gpu", 1), ("multi_gpu", 2)):
+            if item.get_closest_marker(mark) and torch.cuda.device_count() < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s)"))
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
