@@ -1,75 +1,66 @@
-"""What each chunk adds to the state at its end, and, mirrored, what its outputs add to the gradient of the one before.
+"""What each chunk adds to the state at its end: one product of scaled rows (reference: `chunk_states`).
 
-    local_c = Σ_s 2^(total − key_log_s) x_s k_sᵀ          d_local_c = Σ_t 2^(log_decay_t) dy_t q_tᵀ
+    local_c = Σ_s 2^(total − key_log_s) x_s k_sᵀ
 
-Both are one product [P, rows] @ [rows, N] of scaled rows (reference: `chunk_states`). With documents only the last
-document's keys reach the chunk's end, and only the first document's queries saw the state before it.
+With documents only the last document's keys reach the chunk's end.
 """
 
 import triton
 import triton.language as tl
 
-from mamba3_train.kernels.tiles import dot_into_state, load_per_rank, load_rotated, store_parts, zero_parts
+from mamba3_train.kernels.tiles import (
+    dot_into_state,
+    exp2,
+    load_ids,
+    load_rows,
+    load_turn,
+    rotate_rows,
+    store_parts,
+    zero_parts,
+)
 
 
 @triton.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
 def chunk_states_kernel(
-    values, mimo_x, vectors, bias, document_ids, log_decay, key_log, phase, states, seqlen, chunks, head_start,
+    x, mimo_x, B, B_bias, document_ids, log_decay, key_log, phase, states, seqlen, chunks, head_start,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
-    RANK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    HEADS_HERE: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr, HARDWARE_TRIG: tl.constexpr,
+    RANK: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    HEADS_HERE: tl.constexpr, PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """states: (batch, chunks, HEADS_HERE, P, N).
-
-    Forward: values are x (batch, seqlen, HEADS, P), vectors B. Backward: values are the output gradients
-    (batch, HEADS_HERE, padded length · RANK, P) and vectors C.
-    """
-    ROWS: tl.constexpr = TILE * RANK
+    """states: (batch, chunks, HEADS_HERE, P, N)."""
+    ROWS: tl.constexpr = CHUNK * RANK
     STRIDE: tl.constexpr = GROUPS * D_STATE
     chunk = tl.program_id(0) // HEADS_HERE
     here = tl.program_id(0) % HEADS_HERE
     batch = tl.program_id(1).to(tl.int64)
     head = head_start + here
     start = batch * seqlen + chunk * CHUNK
-    scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
-    vectors += start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
-    if bias is not None:
-        bias += head * (RANK * D_STATE)
-    phase += scalars * PAIRS
-    if BACKWARD:
-        values += ((batch * HEADS_HERE + here) * chunks + chunk) * (CHUNK * RANK * HEAD_DIM)
-    else:
-        values += (start * HEADS + head) * HEAD_DIM
-    dtype: tl.constexpr = values.dtype.element_ty
-    column = tl.arange(0, HEAD_DIM)
     left = seqlen - chunk * CHUNK
-    if BACKWARD:
-        border = tl.maximum(-1, -chunk * CHUNK)  # the token before the chunk, or the first of all
-    else:
-        border = tl.minimum(CHUNK, left) - 1
-        total = tl.load(log_decay + scalars + CHUNK - 1)
+    scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
+    keys = B + start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
+    row = tl.arange(0, ROWS)
+    token = row // RANK
+    rank = row % RANK
+    valid = token < left
 
+    k0, k1, k2 = load_rows(keys, row, valid, D_STATE, STRIDE, PAIRS, PAIR_BLOCK, REST_BLOCK)
+    # x is loaded transposed: Triton 3.6 on Hopper gives wrong products and illegal addresses where a computed tile, not
+    # one straight from memory, is transposed into the left operand of a dot.
+    column = tl.arange(0, HEAD_DIM)
+    tokens = x + (start * HEADS + head) * HEAD_DIM
+    v = tl.load(tokens + token[None, :] * (HEADS * HEAD_DIM) + column[:, None], mask=valid[None, :], other=0.0)
+    cos, sin = load_turn(phase + scalars * PAIRS, token, PAIRS, PAIR_BLOCK, HARDWARE)
+    scale = exp2(tl.load(log_decay + scalars + CHUNK - 1) - tl.load(key_log + scalars + token), HARDWARE)
+    if document_ids is not None:
+        ids = load_ids(document_ids, start, token, left)
+        scale = tl.where(ids == load_ids(document_ids, start, CHUNK - 1, left), scale, 0.0)
+    if mimo_x is not None:
+        weight = tl.load(mimo_x + head * (RANK * HEAD_DIM) + rank[None, :] * HEAD_DIM + column[:, None])
+        v = (v.to(tl.float32) * weight.to(tl.float32)).to(x.dtype.element_ty)
+    k0, k1, k2 = rotate_rows(k0, k1, k2, None if B_bias is None else B_bias + head * (RANK * D_STATE), rank, cos, sin,
+                             scale, x.dtype.element_ty, D_STATE, PAIRS, RANK, PAIR_BLOCK, REST_BLOCK)  # fmt: skip
+    # [P, rows] @ [rows, N] -> [P, N]
     s0, s1, s2 = zero_parts(HEAD_DIM, D_STATE, PAIRS, PAIR_BLOCK, REST_BLOCK)
-    for tile in range(CHUNK // TILE):
-        row = tile * ROWS + tl.arange(0, ROWS)
-        token = row // RANK
-        rank = row % RANK
-        valid = token < left
-        if BACKWARD:
-            scale = tl.exp2(tl.load(log_decay + scalars + token))
-            v = tl.load(values + row[:, None] * HEAD_DIM + column[None, :])
-        else:
-            scale = tl.exp2(total - tl.load(key_log + scalars + token))
-            v = tl.load(values + token[:, None] * (HEADS * HEAD_DIM) + column[None, :], mask=valid[:, None], other=0.0)
-            if mimo_x is not None:
-                weight = load_per_rank(mimo_x + head * (RANK * HEAD_DIM), rank, RANK, HEAD_DIM)
-                v = (v.to(tl.float32) * weight).to(dtype)
-        if document_ids is not None:
-            ids = tl.load(document_ids + start + tl.minimum(token, left - 1))
-            scale = tl.where(ids == tl.load(document_ids + start + border), scale, 0.0)
-        k0, k1, k2 = load_rotated(vectors, bias, phase, row, token, rank, valid, scale, dtype, D_STATE, STRIDE, PAIRS,
-                                  RANK, PAIR_BLOCK, REST_BLOCK, HARDWARE_TRIG)  # fmt: skip
-        # [P, rows] @ [rows, N] -> [P, N]
-        s0, s1, s2 = dot_into_state(tl.trans(v), k0, k1, k2, s0, s1, s2, PAIRS, D_STATE, PRECISION)
+    s0, s1, s2 = dot_into_state(v, k0, k1, k2, s0, s1, s2, PAIRS, D_STATE, PRECISION)
     slot = ((batch * chunks + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
     store_parts(states + slot, column, column >= 0, s0, s1, s2, D_STATE, PAIRS, PAIR_BLOCK, REST_BLOCK)

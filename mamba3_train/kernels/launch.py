@@ -1,9 +1,10 @@
 """How the kernels are launched: tile sizes, warps and heads a pass for each regime, and what is refused.
 
-One configuration a regime, no tuning at run time: every rank and every run computes the same bits. `tools/tune_kernels.py`
-measures candidates. Measured on H200 (compute capability 9.0); other devices run the same table, unmeasured.
+One configuration a regime, no tuning at run time: every rank and every run computes the same bits. Measured on H200
+(compute capability 9.0); other devices run the same table, unmeasured.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -13,41 +14,28 @@ import triton
 class Launch(NamedTuple):
     """One regime's configuration.
 
-    chunk: tokens between two states in memory; tile: tokens of one matrix product (tile · rank rows); heads: heads of
-    one pass, which bounds the workspace and keeps it near the L2 cache; warps of the three chunk kernels.
+    chunk: tokens of a chunk, whose chunk · rank rows are one tile; heads: heads of one pass, which bounds the workspace
+    and keeps it near the L2 cache. For each chunk kernel its warps and, where a cap pays, its registers a thread.
     """
 
     chunk: int
-    tile: int
     heads: int = 16
-    states_warps: int = 4
-    outputs_warps: int = 4
-    outputs_backward_warps: int = 4
-    keys_backward_warps: int = 4
+    states: tuple[int, int | None] = (4, None)
+    outputs: tuple[int, int | None] = (4, None)
+    outputs_backward: tuple[int, int | None] = (4, None)
+    queries: tuple[int, int | None] = (4, None)
+    keys: tuple[int, int | None] = (4, None)
+
+    def options(self, kernel: str) -> dict[str, int]:
+        """Compiler options of one chunk kernel; no software pipelining, which has been wrong on Blackwell."""
+        warps, registers = getattr(self, kernel)
+        options = {"num_warps": warps, "num_stages": 1}
+        return options if registers is None or interpreted() else options | {"maxnreg": registers}
 
 
-# (largest d_state · head_dim, rank) of 16-bit inputs; the first row that holds both is taken.
-HALF = {
-    (128 * 64, 1): Launch(chunk=64, tile=64),
-    (128 * 64, 2): Launch(chunk=64, tile=32),
-    (128 * 64, 4): Launch(chunk=64, tile=16, heads=8),
-    (128 * 64, 8): Launch(chunk=32, tile=8, heads=8),
-    (256 * 128, 1): Launch(chunk=32, tile=32, heads=8),
-    (256 * 128, 2): Launch(chunk=32, tile=16, heads=8),
-    (256 * 128, 4): Launch(chunk=32, tile=8, heads=4),
-    (256 * 128, 8): Launch(chunk=16, tile=4, heads=4),
-}
-# Single precision: half the rows a tile, twice the bytes a number.
-SINGLE = {
-    (128 * 64, 1): Launch(chunk=32, tile=32, heads=8),
-    (128 * 64, 2): Launch(chunk=32, tile=16, heads=8),
-    (128 * 64, 4): Launch(chunk=32, tile=8, heads=4),
-    (128 * 64, 8): Launch(chunk=16, tile=4, heads=4),
-    (256 * 128, 1): Launch(chunk=16, tile=16, heads=4),
-    (256 * 128, 2): Launch(chunk=16, tile=8, heads=4),
-    (256 * 128, 4): Launch(chunk=16, tile=4, heads=4),
-    (256 * 128, 8): Launch(chunk=16, tile=2, heads=4),
-}
+# (rows of a tile, heads of a pass) by the largest d_state · head_dim they serve; the first that fits is taken.
+HALF = {128 * 64: (64, 32), 256 * 128: (32, 8)}
+SINGLE = {128 * 64: (32, 8), 256 * 128: (16, 4)}
 RANKS, HEAD_DIMS = (1, 2, 4, 8), (16, 32, 64, 128)
 
 
@@ -56,8 +44,8 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype) -> Launch:
-    """The configuration for these sizes.
+def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: int = 0) -> Launch:
+    """The configuration for these sizes; chunk 0 is the table's.
 
     Raises:
         ValueError: sizes or a dtype that no kernel serves.
@@ -73,7 +61,13 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype) -> Launch
     if d_state % 2 or not 16 <= d_state <= 256:
         raise ValueError(f"backend 'triton' takes an even d_state from 16 to 256, got {d_state}: use 'reference'")
     table = SINGLE if dtype == torch.float32 else HALF
-    return next(launch for (size, r), launch in table.items() if r == rank and d_state * head_dim <= size)
+    rows, heads = next(value for size, value in table.items() if d_state * head_dim <= size)
+    largest, least = rows // rank, max(1, 16 // rank)
+    if chunk and (chunk & (chunk - 1) or not least <= chunk <= largest):
+        raise ValueError(
+            f"backend 'triton' takes a chunk_size of a power of two from {least} to {largest}, got {chunk}"
+        )
+    return Launch(chunk=chunk or largest, heads=max(1, heads // rank))
 
 
 def heads_in_pass(heads: int, groups: int, wanted: int) -> int:
@@ -82,3 +76,46 @@ def heads_in_pass(heads: int, groups: int, wanted: int) -> int:
     if wanted < per_group:
         return max(n for n in range(1, wanted + 1) if per_group % n == 0)
     return per_group * max(n for n in range(1, groups + 1) if groups % n == 0 and n * per_group <= wanted)
+
+
+_checked: set[str] = set()
+
+
+def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Launch a kernel, and the first time look at its machine code for Hopper.
+
+    Raises:
+        RuntimeError: the compiler built it wrong.
+    """
+    compiled = kernel[grid](*args, **options)
+    if interpreted() or compiled.hash in _checked:
+        return
+    faults = wrong_descriptors(compiled.asm["sass"]) if compiled.metadata.target.arch == 90 else []
+    if faults:
+        raise RuntimeError(
+            f"Triton {triton.__version__} builds {kernel.fn.__name__} wrong for these sizes ({faults[0]}): "
+            "use kernels=reference, another chunk_size, or another Triton"
+        )
+    _checked.add(compiled.hash)
+
+
+def wrong_descriptors(sass: str) -> list[str]:
+    """Instructions that build a matrix descriptor's upper half from something else than zero.
+
+    The assembler in Triton 3.6 sometimes computes base + offset of a 64-bit descriptor with the base's lower half in
+    both places when one shared-memory address serves two products far apart; the product then reads garbage or an
+    illegal address. The constants of the upper half (swizzle and stride) give the instruction away.
+    """
+    faults, written = [], {}
+    for line in sass.splitlines():
+        found = re.search(r"\b(U[A-Z0-9.]+) (UR\d+), ([^;]*);", line)
+        if not found:
+            continue
+        name, target, operands = found[1], found[2], [operand.strip() for operand in found[3].split(",")]
+        # After an optional carry-out predicate: UIADD3.X target, source, constant, …
+        source, constant = (*[o for o in operands if not o.startswith("UP")], "", "")[:2]
+        is_upper = name == "UIADD3.X" and re.fullmatch(r"-?0x[4-8][0-9a-f]{7}", constant)
+        if is_upper and source.startswith("UR") and source != "URZ" and written.get(source) != ("UMOV", "URZ"):
+            faults.append(found[0])
+        written[target] = (name, operands[0])
+    return faults

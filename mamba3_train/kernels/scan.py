@@ -1,10 +1,14 @@
 """`mamba3_scan`: the one public scan, checked and handed to the backend that was asked for."""
 
+import os
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from mamba3_train.kernels.documents import check_document_ids, document_ids_from_lengths
-from mamba3_train.kernels.reference import ScanState, scan_chunked, scan_recurrent
+from mamba3_train.kernels.reference import ScanState, scan_chunked, scan_recurrent, state_with_look_ahead
+from mamba3_train.kernels.triton_op import scan
 
 BACKENDS = ("auto", "reference", "recurrent", "triton")
 
@@ -33,6 +37,7 @@ def mamba3_scan(
     return_state: bool = False,
     chunk_size: int | None = None,
     backend: str = "reference",
+    save_inputs_only: bool = False,
 ) -> Tensor | tuple[Tensor, ScanState]:
     """The Mamba-3 sequence mixing of all heads, SISO (rank 1) or MIMO; formulas in `kernels/reference.py`.
 
@@ -61,6 +66,7 @@ def mamba3_scan(
         chunk_size: tokens a chunk; changes the rounding only. None leaves it to the backend.
         backend: `reference` (chunked PyTorch, any device), `recurrent` (token by token), `triton` (CUDA), or `auto`
             (triton for CUDA tensors, else reference).
+        save_inputs_only: triton keeps nothing but its inputs for the backward and recomputes the rest, which is slower.
 
     Returns:
         (batch, seqlen, H, P) in x's dtype; with return_state also a `ScanState`.
@@ -83,9 +89,12 @@ def mamba3_scan(
 
     tensors = (x, B, C, dt, A, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o)
     options = {"norm_weight": norm_weight, "norm_eps": norm_eps, "document_ids": document_ids}
+    if backend == "auto":
+        backend = "triton" if x.is_cuda else "reference"
     if backend == "triton":
-        raise ValueError("backend 'triton' is not available yet: use 'reference'")
-    y, state = _reference(tensors, options, initial_state, chunk_size, recurrent=backend == "recurrent")
+        y, state = _triton(tensors, options, initial_state, chunk_size, keep=not save_inputs_only)
+    else:
+        y, state = _reference(tensors, options, initial_state, chunk_size, recurrent=backend == "recurrent")
     return (y, state) if return_state else y
 
 
@@ -111,6 +120,25 @@ def _reference(tensors, options, initial_state, chunk_size, recurrent):
                 **options,
             )
     return y.to(x.dtype), state
+
+
+def _triton(tensors, options, initial_state, chunk_size, keep):
+    """Run the Triton kernels; the look-ahead into the first token is added to the incoming state out here."""
+    x, B, _, dt, _, trap, _, B_bias, _, _, _, mimo_x, *_ = tensors
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend 'triton' needs CUDA tensors, x is on {x.device}: use 'reference'")
+    if find_spec("triton") is None:
+        raise ValueError("backend 'triton' needs the package triton, which is not installed: use 'reference'")
+    initial = None
+    if initial_state is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            first = [None if t is None else t[:, 0].float() for t in (dt, trap)]
+            weights = [None if t is None else t.float() for t in (B_bias, mimo_x)]
+            initial = state_with_look_ahead(ScanState(*(t.float() for t in initial_state)), *first, *weights)
+    ids = options["document_ids"]
+    ids = None if ids is None else ids.to(torch.int32)
+    out, last, _ = scan(*tensors, options["norm_weight"], ids, initial, options["norm_eps"], chunk_size or 0, keep)
+    return out, ScanState(last, B[:, -1], x[:, -1])
 
 
 def _check(x, B, C, dt, A, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight):

@@ -1,9 +1,9 @@
 """Pieces that every chunk kernel is built from: rotated rows of B and C, products over the state, decay weights.
 
-A chunk of CHUNK tokens is the unit that has a state in memory; a tile of TILE tokens is what one matrix product covers.
-The RANK rows of a token stand together, so a tile has TILE · RANK rows. The N columns are three contiguous parts, each
-padded to a power of two: PAIRS first halves and PAIRS second halves (PAIR_BLOCK wide), D_STATE − 2·PAIRS unrotated
-(REST_BLOCK wide). A part that is empty is the number 0.0 and takes part in nothing.
+A program owns one head's chunk of CHUNK tokens. The RANK rows of a token stand together, so a chunk is a tile of
+ROWS = CHUNK · RANK rows. The N columns are three contiguous parts, each padded to a power of two: PAIRS first halves
+and PAIRS second halves (PAIR_BLOCK wide), D_STATE − 2·PAIRS unrotated (REST_BLOCK wide). A part that is empty is the
+number 0.0 and takes part in nothing. HARDWARE: whether the GPU's own exponential, sine and cosine may be used.
 """
 
 import triton
@@ -11,13 +11,13 @@ import triton.language as tl
 
 
 @triton.jit
-def cosine_sine(fraction, HARDWARE_TRIG: tl.constexpr):
+def cosine_sine(fraction, HARDWARE: tl.constexpr):
     """Cosine and sine of a fraction of a turn: float32, or int16 in units of 2⁻¹⁶."""
     if fraction.dtype == tl.int16:
         angle = fraction.to(tl.float32) * 9.587379924285257e-05  # 2π / 2¹⁶
     else:
         angle = fraction * 6.283185307179586
-    if HARDWARE_TRIG:  # |angle| ≤ π, where the hardware's sine and cosine are off by at most 2⁻²⁰
+    if HARDWARE:  # |angle| ≤ π, where the hardware's sine and cosine are off by at most 2⁻²⁰
         cos = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
         sin = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
     else:
@@ -27,61 +27,90 @@ def cosine_sine(fraction, HARDWARE_TRIG: tl.constexpr):
 
 
 @triton.jit
-def load_turn(phase, token, PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr, HARDWARE_TRIG: tl.constexpr):
+def load_turn(phase, token, PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr, HARDWARE: tl.constexpr):
     """Cosine and sine of each token's angle since the start of its chunk: two (rows, PAIR_BLOCK).
 
     phase: (token, PAIRS) fractions of a turn.
     """
-    pair = tl.arange(0, PAIR_BLOCK)
-    fraction = tl.load(phase + token[:, None] * PAIRS + pair[None, :], mask=(pair < PAIRS)[None, :], other=0)
-    return cosine_sine(fraction, HARDWARE_TRIG)
+    cos = 0.0
+    sin = 0.0
+    if PAIRS > 0:
+        pair = tl.arange(0, PAIR_BLOCK)
+        fraction = tl.load(phase + token[:, None] * PAIRS + pair[None, :], mask=(pair < PAIRS)[None, :], other=0)
+        cos, sin = cosine_sine(fraction, HARDWARE)
+    return cos, sin
 
 
 @triton.jit
-def load_part(rows, bias, row, rank, valid, start, width, D_STATE: tl.constexpr, STRIDE: tl.constexpr,
-              RANK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Columns start … start + width of B or C with their bias: (rows, BLOCK) float32."""
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    part = tl.load(rows + row[:, None] * STRIDE + (start + column)[None, :], mask=valid[:, None] & inside[None, :],
-                   other=0.0).to(tl.float32)  # fmt: skip
-    if bias is not None:
-        if RANK == 1:
-            offset = tl.load(bias + start + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-        else:
-            at = bias + rank[:, None] * D_STATE + (start + column)[None, :]
-            offset = tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32)
-        part += offset
-    return part
+def exp2(x, HARDWARE: tl.constexpr):
+    """2^x; the hardware's instruction flushes results under 2⁻¹²⁶ to zero, which saves the scaling around it."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
-def load_rotated(rows, bias, phase, row, token, rank, valid, scale, dtype: tl.constexpr, D_STATE: tl.constexpr,
-                 STRIDE: tl.constexpr, PAIRS: tl.constexpr, RANK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
-                 REST_BLOCK: tl.constexpr, HARDWARE_TRIG: tl.constexpr):  # fmt: skip
-    """Rows of B or C, biased, turned by their phase and scaled, as three parts in `dtype`.
+def sigmoid(x, HARDWARE: tl.constexpr):
+    if HARDWARE:
+        denominator = 1.0 + exp2(x * -1.4426950408889634, HARDWARE)
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], tl.float32, True, 1)
+    else:
+        return tl.sigmoid(x)
 
-    rows: pointer to row 0 of the chunk and this head's group; bias: to this head's (RANK, D_STATE) or None;
-    phase: to the chunk's first token; scale: (rows,) or None.
-    """
+
+@triton.jit
+def load_rows(rows, row, valid, D_STATE: tl.constexpr, STRIDE: tl.constexpr, PAIRS: tl.constexpr,
+              PAIR_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr):  # fmt: skip
+    """Rows of a matrix with D_STATE columns, STRIDE apart, in three parts and their own dtype."""
     first = 0.0
     second = 0.0
     rest = 0.0
     if PAIRS > 0:
-        cos, sin = load_turn(phase, token, PAIRS, PAIR_BLOCK, HARDWARE_TRIG)
+        pair = tl.arange(0, PAIR_BLOCK)
+        at = rows + row[:, None] * STRIDE + pair[None, :]
+        inside = valid[:, None] & (pair < PAIRS)[None, :]
+        first = tl.load(at, mask=inside, other=0.0)
+        second = tl.load(at + PAIRS, mask=inside, other=0.0)
+    if D_STATE > 2 * PAIRS:
+        column = tl.arange(0, REST_BLOCK)
+        at = rows + row[:, None] * STRIDE + (2 * PAIRS + column)[None, :]
+        rest = tl.load(at, mask=valid[:, None] & (column < D_STATE - 2 * PAIRS)[None, :], other=0.0)
+    return first, second, rest
+
+
+@triton.jit
+def add_bias(part, bias, rank, start, width, D_STATE: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr):
+    """Widen columns start … start + width of B or C to float32 and add their bias, if there is one."""
+    part = part.to(tl.float32)
+    if bias is not None:
+        column = tl.arange(0, BLOCK)
+        if RANK == 1:
+            part += tl.load(bias + start + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+        else:
+            at = bias + rank[:, None] * D_STATE + (start + column)[None, :]
+            part += tl.load(at, mask=(column < width)[None, :], other=0.0).to(tl.float32)
+    return part
+
+
+@triton.jit
+def rotate_rows(first, second, rest, bias, rank, cos, sin, scale, dtype: tl.constexpr, D_STATE: tl.constexpr,
+                PAIRS: tl.constexpr, RANK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
+                REST_BLOCK: tl.constexpr):  # fmt: skip
+    """Rows of B or C biased, turned by their phase and scaled, as three parts in `dtype`; scale: (rows,) or None."""
+    if PAIRS > 0:
         if scale is not None:
             cos *= scale[:, None]
             sin *= scale[:, None]
-        a = load_part(rows, bias, row, rank, valid, 0, PAIRS, D_STATE, STRIDE, RANK, PAIR_BLOCK)
-        b = load_part(rows, bias, row, rank, valid, PAIRS, PAIRS, D_STATE, STRIDE, RANK, PAIR_BLOCK)
+        a = add_bias(first, bias, rank, 0, PAIRS, D_STATE, RANK, PAIR_BLOCK)
+        b = add_bias(second, bias, rank, PAIRS, PAIRS, D_STATE, RANK, PAIR_BLOCK)
         first = (a * cos - b * sin).to(dtype)
         second = (a * sin + b * cos).to(dtype)
     if D_STATE > 2 * PAIRS:
-        unrotated = load_part(rows, bias, row, rank, valid, 2 * PAIRS, D_STATE - 2 * PAIRS, D_STATE, STRIDE, RANK,
-                              REST_BLOCK)  # fmt: skip
+        rest = add_bias(rest, bias, rank, 2 * PAIRS, D_STATE - 2 * PAIRS, D_STATE, RANK, REST_BLOCK)
         if scale is not None:
-            unrotated *= scale[:, None]
-        rest = unrotated.to(dtype)
+            rest *= scale[:, None]
+        rest = rest.to(dtype)
     return first, second, rest
 
 
@@ -121,16 +150,6 @@ def scale_parts(a0, a1, a2, scale, PAIRS: tl.constexpr, D_STATE: tl.constexpr):
 
 
 @triton.jit
-def cast_parts(a0, a1, a2, dtype: tl.constexpr, PAIRS: tl.constexpr, D_STATE: tl.constexpr):
-    if PAIRS > 0:
-        a0 = a0.to(dtype)
-        a1 = a1.to(dtype)
-    if D_STATE > 2 * PAIRS:
-        a2 = a2.to(dtype)
-    return a0, a1, a2
-
-
-@triton.jit
 def zero_parts(ROWS: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr,
                REST_BLOCK: tl.constexpr):  # fmt: skip
     a0 = 0.0
@@ -145,29 +164,9 @@ def zero_parts(ROWS: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr, P
 
 
 @triton.jit
-def load_parts(base, row, valid, D_STATE: tl.constexpr, PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr,
-               REST_BLOCK: tl.constexpr):  # fmt: skip
-    """Rows of a contiguous (rows, D_STATE) matrix, such as a state, in three parts and its own dtype."""
-    first = 0.0
-    second = 0.0
-    rest = 0.0
-    if PAIRS > 0:
-        pair = tl.arange(0, PAIR_BLOCK)
-        at = base + row[:, None] * D_STATE + pair[None, :]
-        inside = valid[:, None] & (pair < PAIRS)[None, :]
-        first = tl.load(at, mask=inside, other=0.0)
-        second = tl.load(at + PAIRS, mask=inside, other=0.0)
-    if D_STATE > 2 * PAIRS:
-        column = tl.arange(0, REST_BLOCK)
-        at = base + row[:, None] * D_STATE + (2 * PAIRS + column)[None, :]
-        rest = tl.load(at, mask=valid[:, None] & (column < D_STATE - 2 * PAIRS)[None, :], other=0.0)
-    return first, second, rest
-
-
-@triton.jit
 def store_parts(base, row, valid, a0, a1, a2, D_STATE: tl.constexpr, PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr,
                 REST_BLOCK: tl.constexpr):  # fmt: skip
-    """The counterpart of `load_parts`, in the dtype of the pointer."""
+    """Store three parts as rows of a contiguous (rows, D_STATE) matrix, in its dtype."""
     if PAIRS > 0:
         pair = tl.arange(0, PAIR_BLOCK)
         at = base + row[:, None] * D_STATE + pair[None, :]
@@ -198,10 +197,10 @@ def rotation_gradients(v0, v1, v2, d0, d1, d2, PAIRS: tl.constexpr, D_STATE: tl.
 
 
 @triton.jit
-def rotate_back(d0, d1, phase, token, PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr, HARDWARE_TRIG: tl.constexpr):
+def rotate_back(d0, d1, phase, token, PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr, HARDWARE: tl.constexpr):
     """Gradients of rotated rows, turned back into gradients of the rows before rotation."""
     if PAIRS > 0:
-        cos, sin = load_turn(phase, token, PAIRS, PAIR_BLOCK, HARDWARE_TRIG)
+        cos, sin = load_turn(phase, token, PAIRS, PAIR_BLOCK, HARDWARE)
         first = d0 * cos + d1 * sin
         d1 = d1 * cos - d0 * sin
         d0 = first
@@ -209,7 +208,8 @@ def rotate_back(d0, d1, phase, token, PAIRS: tl.constexpr, PAIR_BLOCK: tl.conste
 
 
 @triton.jit
-def pair_weights(log_decay_t, key_log_s, diagonal_t, t, s, id_t, id_s, DOCUMENTS: tl.constexpr):
+def pair_weights(log_decay_t, key_log_s, diagonal_t, t, s, id_t, id_s, DOCUMENTS: tl.constexpr,
+                 HARDWARE: tl.constexpr):  # fmt: skip
     """Weight of key s in the output of t: decay · f_s for earlier tokens of t's document, γ_t for t itself.
 
     The key scale sits in key_log = log2(decay) − log2(f), so it costs no product, and f = 0 gives exp2(−∞) = 0.
@@ -217,7 +217,7 @@ def pair_weights(log_decay_t, key_log_s, diagonal_t, t, s, id_t, id_s, DOCUMENTS
     earlier = s < t
     if DOCUMENTS:
         earlier &= id_s == id_t
-    return tl.where(earlier, tl.exp2(log_decay_t - key_log_s), tl.where(s == t, diagonal_t, 0.0))
+    return tl.where(earlier, exp2(log_decay_t - key_log_s, HARDWARE), tl.where(s == t, diagonal_t, 0.0))
 
 
 @triton.jit
@@ -231,15 +231,40 @@ def load_per_rank(weights, rank, RANK: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def sum_ranks(rows, TILE: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
-    """(TILE · RANK, WIDTH) -> (TILE, WIDTH)."""
+def sum_ranks(rows, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
+    """(CHUNK · RANK, WIDTH) -> (CHUNK, WIDTH)."""
     if RANK == 1:
         return rows
     else:
-        return tl.sum(tl.reshape(rows, (TILE, RANK, WIDTH)), axis=1)
+        return tl.sum(tl.reshape(rows, (CHUNK, RANK, WIDTH)), axis=1)
 
 
 @triton.jit
-def sum_tokens(rows, TILE: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
-    """(TILE · RANK, WIDTH) -> (RANK, WIDTH)."""
-    return tl.sum(tl.reshape(rows, (TILE, RANK, WIDTH)), axis=0)
+def sum_tokens(rows, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
+    """(CHUNK · RANK, WIDTH) -> (RANK, WIDTH)."""
+    return tl.sum(tl.reshape(rows, (CHUNK, RANK, WIDTH)), axis=0)
+
+
+@triton.jit
+def load_ids(document_ids, start, token, left):
+    """Document of each token of a chunk, padding counted to the last one; 0 without documents."""
+    ids = 0 * token
+    if document_ids is not None:
+        ids = tl.load(document_ids + start + tl.minimum(token, left - 1))
+    return ids
+
+
+@triton.jit
+def load_tokens(x, token, valid, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Each row's token of one head of a (tokens, HEADS, P) tensor: (rows, P)."""
+    column = tl.arange(0, HEAD_DIM)
+    return tl.load(x + token[:, None] * (HEADS * HEAD_DIM) + column[None, :], mask=valid[:, None], other=0.0)
+
+
+@triton.jit
+def weigh_values(x, mimo_x, rank, RANK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Rows of x times mimo_x, where there is one, in x's dtype."""
+    if mimo_x is not None:
+        return (x.to(tl.float32) * load_per_rank(mimo_x, rank, RANK, HEAD_DIM)).to(x.dtype)
+    else:
+        return x

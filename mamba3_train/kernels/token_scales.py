@@ -4,23 +4,23 @@
     f_t = λ_t dt_t + (1 − λ_{t+1}) dt_{t+1}             diagonal_t = λ_t dt_t
     phase_t = Σ_{s ≤ t} tanh(angles_s) dt_s / 2         (in turns; fixed angles: angles / 2π a token)
 
-Sums run over the tokens of t's document inside t's chunk (reference: `token_scales`, `cumsum_within_documents`). They are
-products with a 0/1 matrix: the same code with and without documents, and another document's tokens enter as exact zeros.
-Logs are base 2 so that the other kernels use exp2 directly. Everything is (batch, heads, padded length), the length padded
-to whole chunks; padding tokens have f = diagonal = 0, repeat the last log decay and phase, and so change nothing.
+Sums run over the tokens of t's document inside t's chunk (reference: `token_scales`, `cumsum_within_documents`). They
+are products with a 0/1 matrix: the same code with and without documents, and another document's tokens enter as exact
+zeros. Logs are base 2, so that the other kernels use exp2 directly. Everything is (batch, heads, padded length), the
+length padded to whole chunks; padding has f = diagonal = 0 and the last log decay and phase, and so changes nothing.
 """
 
 import triton
 import triton.language as tl
 
 HEAD_BLOCK = 16
+HEAD_SPLIT = 4  # programs that share the rotation of a block's heads
 
 
 @triton.jit
-def _inside_document(document_ids, batch_start, token, seqlen, CHUNK: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """1 where a chunk's column token comes no later than its row token and in the same document: (CHUNK, CHUNK)."""
-    index = tl.arange(0, CHUNK)
-    inside = index[:, None] >= index[None, :]
+def _inside_document(document_ids, batch_start, token, seqlen, DOCUMENTS: tl.constexpr):
+    """1 where a chunk's column token comes no later than its row token and in the same document: (tokens, tokens)."""
+    inside = token[:, None] >= token[None, :]
     if DOCUMENTS:
         row = tl.load(document_ids + batch_start + tl.minimum(token, seqlen - 1))
         inside &= row[:, None] == tl.load(document_ids + batch_start + tl.minimum(token, seqlen - 1))[None, :]
@@ -51,62 +51,67 @@ def _mix(trap, at, inside):
 @triton.jit(do_not_specialize=["seqlen", "chunks"])
 def token_scales_kernel(
     dt, A, trap, angles, document_ids, log_decay, key_log, diagonal, chunk_decay, phase, seqlen, chunks,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, FIXED_ANGLES: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
+    FIXED_ANGLES: tl.constexpr, HEAD_BLOCK: tl.constexpr, HEAD_SPLIT: tl.constexpr,
 ):  # fmt: skip
     DOCUMENTS: tl.constexpr = document_ids is not None
     blocks: tl.constexpr = (HEADS + HEAD_BLOCK - 1) // HEAD_BLOCK
-    chunk = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    chunk = tl.program_id(0) // (blocks * HEAD_SPLIT)
+    block = tl.program_id(0) // HEAD_SPLIT % blocks
+    split = tl.program_id(0) % HEAD_SPLIT
     batch = tl.program_id(1).to(tl.int64)
     start = batch * seqlen
     head = block * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    valid = (token < seqlen)[:, None] & (head < HEADS)[None, :]
+    token = chunk * CHUNK + tl.arange(0, TOKEN_BLOCK)
+    inside = tl.arange(0, TOKEN_BLOCK) < CHUNK  # a chunk is padded to the 16 rows a product needs
+    counts = inside & (token < seqlen)
+    valid = counts[:, None] & (head < HEADS)[None, :]
     at = (start + token)[:, None] * HEADS + head[None, :]
-    summing = _inside_document(document_ids, start, token, seqlen, CHUNK, DOCUMENTS)
-
-    step = tl.load(dt + at, mask=valid, other=0.0).to(tl.float32)
-    rate = tl.load(A + at, mask=valid, other=0.0).to(tl.float32)
-    # [C, C] @ [C, heads] -> [C, heads]
-    decay = tl.dot(summing, step * rate * 1.4426950408889634, input_precision="tf32x3")
-    gamma = _mix(trap, at, valid) * step
-    scale = gamma
-    if trap is not None:
-        ahead = valid & (token + 1 < seqlen)[:, None]
-        ahead &= _same_document(document_ids, start, token, token + 1, seqlen, DOCUMENTS)[:, None]
-        next_step = tl.load(dt + at + HEADS, mask=ahead, other=0.0).to(tl.float32)
-        scale += tl.where(ahead, (1 - _mix(trap, at + HEADS, ahead)) * next_step, 0.0)
+    summing = _inside_document(document_ids, start, token, seqlen, DOCUMENTS)
 
     length = chunks * CHUNK
-    out = (batch * HEADS + head)[None, :] * length + token[:, None]
-    known = (head < HEADS)[None, :]
-    tl.store(log_decay + out, decay, mask=known)
-    tl.store(key_log + out, decay - tl.log2(scale), mask=known)
-    tl.store(diagonal + out, gamma, mask=known)
-    is_last = (tl.arange(0, CHUNK) == CHUNK - 1)[:, None]
-    total = tl.exp2(tl.sum(tl.where(is_last, decay, 0.0), axis=0))
-    if DOCUMENTS:  # the state dies in a chunk that ends in another document than the one running before it
-        before = tl.load(document_ids + start + tl.maximum(chunk * CHUNK - 1, 0))
-        last = tl.load(document_ids + start + tl.minimum(chunk * CHUNK + CHUNK, seqlen) - 1)
-        total = tl.where(before == last, total, 0.0)
-    tl.store(chunk_decay + (batch * HEADS + head) * chunks + chunk, total, mask=head < HEADS)
+
+    if split == 0:
+        step = tl.load(dt + at, mask=valid, other=0.0).to(tl.float32)
+        rate = tl.load(A + at, mask=valid, other=0.0).to(tl.float32)
+        # [C, C] @ [C, heads] -> [C, heads]
+        decay = tl.dot(summing, step * rate * 1.4426950408889634, input_precision="tf32x3")
+        gamma = _mix(trap, at, valid) * step
+        scale = gamma
+        if trap is not None:
+            ahead = valid & (token + 1 < seqlen)[:, None]
+            ahead &= _same_document(document_ids, start, token, token + 1, seqlen, DOCUMENTS)[:, None]
+            next_step = tl.load(dt + at + HEADS, mask=ahead, other=0.0).to(tl.float32)
+            scale += tl.where(ahead, (1 - _mix(trap, at + HEADS, ahead)) * next_step, 0.0)
+
+        out = (batch * HEADS + head)[None, :] * length + token[:, None]
+        known = inside[:, None] & (head < HEADS)[None, :]
+        tl.store(log_decay + out, decay, mask=known)
+        tl.store(key_log + out, decay - tl.log2(scale), mask=known)
+        tl.store(diagonal + out, gamma, mask=known)
+        is_last = (tl.arange(0, TOKEN_BLOCK) == CHUNK - 1)[:, None]
+        total = tl.exp2(tl.sum(tl.where(is_last, decay, 0.0), axis=0))
+        if DOCUMENTS:  # the state dies in a chunk that ends in another document than the one running before it
+            before = tl.load(document_ids + start + tl.maximum(chunk * CHUNK - 1, 0))
+            last = tl.load(document_ids + start + tl.minimum(chunk * CHUNK + CHUNK, seqlen) - 1)
+            total = tl.where(before == last, total, 0.0)
+        tl.store(chunk_decay + (batch * HEADS + head) * chunks + chunk, total, mask=head < HEADS)
 
     if PAIRS > 0:
         pair = tl.arange(0, PAIR_BLOCK)
-        known = (token < seqlen)[:, None] & (pair < PAIRS)[None, :]
+        known = counts[:, None] & (pair < PAIRS)[None, :]
         if FIXED_ANGLES:
             logits = tl.load(angles + pair, mask=pair < PAIRS, other=0.0).to(tl.float32)
             turn = tl.where(known, logits[None, :] * 0.15915494309189535, 0.0)
         else:
             logits = tl.load(angles + (start + token)[:, None] * PAIRS + pair[None, :], mask=known, other=0.0)
             turn = tl.sigmoid(2 * logits.to(tl.float32)) - 0.5  # tanh(logits) / 2
-        for i in range(HEAD_BLOCK):
-            this = block * HEAD_BLOCK + i
+        for i in range(HEAD_BLOCK // HEAD_SPLIT):
+            this = block * HEAD_BLOCK + split * (HEAD_BLOCK // HEAD_SPLIT) + i
             if this < HEADS:
                 increment = turn
                 if not FIXED_ANGLES:
-                    step_of_head = tl.load(dt + (start + token) * HEADS + this, mask=token < seqlen, other=0.0)
+                    step_of_head = tl.load(dt + (start + token) * HEADS + this, mask=counts, other=0.0)
                     increment = turn * step_of_head.to(tl.float32)[:, None]
                 # [C, C] @ [C, S] -> [C, S]
                 turns = tl.dot(summing, increment, input_precision="tf32x3")
@@ -116,22 +121,24 @@ def token_scales_kernel(
                     # A turn of exactly one half wraps to −2¹⁵, which is the same angle.
                     turns = tl.floor(turns * 65536 + 0.5)
                     turns = tl.where(turns > 32767, turns - 65536, turns)
-                tl.store(to, turns.to(phase.dtype.element_ty), mask=(pair < PAIRS)[None, :] & (token >= 0)[:, None])
+                tl.store(to, turns.to(phase.dtype.element_ty), mask=(pair < PAIRS)[None, :] & inside[:, None])
 
 
 @triton.jit(do_not_specialize=["seqlen", "chunks"])
 def token_scales_backward_kernel(
     dt, A, trap, angles, document_ids, key_inner, query_inner, d_diagonal, d_phase, state_inner, d_chunk_turn,
     d_dt, d_A, d_trap, d_angles, seqlen, chunks,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, FIXED_ANGLES: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr, INITIAL_STATE: tl.constexpr, INNER_PARTS: tl.constexpr, TURN_PARTS: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
+    FIXED_ANGLES: tl.constexpr, HEAD_BLOCK: tl.constexpr, INITIAL_STATE: tl.constexpr, INNER_PARTS: tl.constexpr,
+    TURN_PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of dt, A, trap and angles from those of the scales.
 
     query_inner, key_inner: ⟨q, dq⟩ and ⟨k, dk⟩ of each token, ranks summed; their difference is the gradient by log
     decay, because a decay scales every product of an earlier key with a later query. The key's off-diagonal part is
     f · df. state_inner: ⟨S, dS⟩ at each chunk's end, in INNER_PARTS (a power of two) partial sums: it counts for every
-    decay of the chunk's last document. d_phase, d_chunk_turn: the same for the angle, in TURN_PARTS. d_angles: one (batch, seqlen, PAIRS) a head block.
+    decay of the chunk's last document. d_phase, d_chunk_turn: the same for the angle, in TURN_PARTS.
+    d_angles: one (batch, seqlen, PAIRS) a head block.
     """
     DOCUMENTS: tl.constexpr = document_ids is not None
     blocks: tl.constexpr = (HEADS + HEAD_BLOCK - 1) // HEAD_BLOCK
@@ -141,11 +148,13 @@ def token_scales_backward_kernel(
     start = batch * seqlen
     length = chunks * CHUNK
     head = block * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    valid = (token < seqlen)[:, None] & (head < HEADS)[None, :]
+    token = chunk * CHUNK + tl.arange(0, TOKEN_BLOCK)
+    inside = tl.arange(0, TOKEN_BLOCK) < CHUNK  # a chunk is padded to the 16 rows a product needs
+    counts = inside & (token < seqlen)
+    valid = counts[:, None] & (head < HEADS)[None, :]
     at = (start + token)[:, None] * HEADS + head[None, :]
     scratch = (batch * HEADS + head)[None, :] * length + token[:, None]
-    summing = tl.trans(_inside_document(document_ids, start, token, seqlen, CHUNK, DOCUMENTS))
+    summing = tl.trans(_inside_document(document_ids, start, token, seqlen, DOCUMENTS))
     in_last = _same_document(document_ids, start, token, chunk * CHUNK + CHUNK - 1, seqlen, DOCUMENTS)
     goes_on = _same_document(document_ids, start, token, token - 1, seqlen, DOCUMENTS)  # not a document's first token
     if not INITIAL_STATE:
@@ -189,13 +198,13 @@ def token_scales_backward_kernel(
 
     if PAIRS > 0:
         pair = tl.arange(0, PAIR_BLOCK)
-        known = (token < seqlen)[:, None] & (pair < PAIRS)[None, :]
+        known = counts[:, None] & (pair < PAIRS)[None, :]
         here = (start + token)[:, None] * PAIRS + pair[None, :]
-        turn = tl.zeros((CHUNK, PAIR_BLOCK), tl.float32)
+        turn = tl.zeros((TOKEN_BLOCK, PAIR_BLOCK), tl.float32)
         if not FIXED_ANGLES:  # π · tanh(logits)
             logits = tl.load(angles + here, mask=known, other=0.0).to(tl.float32)
             turn = 3.141592653589793 * (2 * tl.sigmoid(2 * logits) - 1)
-        total = tl.zeros((CHUNK, PAIR_BLOCK), tl.float32)
+        total = tl.zeros((TOKEN_BLOCK, PAIR_BLOCK), tl.float32)
         for i in range(HEAD_BLOCK):
             this = block * HEAD_BLOCK + i
             if this < HEADS:
@@ -212,7 +221,7 @@ def token_scales_backward_kernel(
                 if FIXED_ANGLES:
                     total += tl.where(known, d_turn, 0.0)
                 else:
-                    step_of_head = tl.load(dt + (start + token) * HEADS + this, mask=token < seqlen, other=0.0)
+                    step_of_head = tl.load(dt + (start + token) * HEADS + this, mask=counts, other=0.0)
                     total += d_turn * step_of_head.to(tl.float32)[:, None]
                     from_turn = tl.sum(turn * d_turn, axis=1)
                     d_step += tl.where((tl.arange(0, HEAD_BLOCK) == i)[None, :], from_turn[:, None], 0.0)

@@ -13,8 +13,17 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba3_train.kernels import chunk_key, chunk_output, chunk_state, head_sum, state_passing, token_scales
-from mamba3_train.kernels.launch import Launch, choose, heads_in_pass, interpreted
+from mamba3_train.kernels import (
+    chunk_key,
+    chunk_output,
+    chunk_query,
+    chunk_state,
+    gate,
+    head_sum,
+    state_passing,
+    token_scales,
+)
+from mamba3_train.kernels.launch import Launch, choose, heads_in_pass, interpreted, run
 
 
 class Inputs(NamedTuple):
@@ -69,12 +78,14 @@ class Sizes:
     launch: Launch
 
     @classmethod
-    def of(cls, inputs: Inputs, launch: Launch | None = None) -> "Sizes":
+    def of(cls, inputs: Inputs, launch: Launch | int = 0) -> "Sizes":
+        """Sizes of a call with this launch configuration, or the table's with this chunk size (0: the table's)."""
         batch, seqlen, heads, head_dim = inputs.x.shape
         rank, groups, d_state = inputs.B.shape[2:]
         pairs = 0 if inputs.angles is None else inputs.angles.shape[-1]
         dtype, device = inputs.x.dtype, inputs.x.device
-        launch = launch or choose(rank, head_dim, d_state, dtype)
+        if isinstance(launch, int):
+            launch = choose(rank, head_dim, d_state, dtype, launch)
         return cls(batch, seqlen, heads, groups, head_dim, d_state, pairs, rank, dtype, device, launch)
 
     @cached_property
@@ -99,7 +110,7 @@ class Sizes:
         return max(16, triton.next_power_of_2(self.pairs))
 
     @cached_property
-    def hardware_trig(self) -> bool:
+    def hardware(self) -> bool:
         return not interpreted() and torch.version.hip is None
 
     @cached_property
@@ -107,10 +118,9 @@ class Sizes:
         """Compile-time arguments that the chunk kernels share."""
         return {
             "HEADS": self.heads, "GROUPS": self.groups, "HEAD_DIM": self.head_dim, "D_STATE": self.d_state,
-            "PAIRS": self.pairs, "RANK": self.rank, "CHUNK": self.launch.chunk, "TILE": self.launch.tile,
-            "PAIR_BLOCK": self.pair_block,
+            "PAIRS": self.pairs, "RANK": self.rank, "CHUNK": self.launch.chunk, "PAIR_BLOCK": self.pair_block,
             "REST_BLOCK": max(16, triton.next_power_of_2(self.d_state - 2 * self.pairs)),
-            "HEADS_HERE": self.heads_here, "HARDWARE_TRIG": self.hardware_trig,
+            "HEADS_HERE": self.heads_here, "HARDWARE": self.hardware,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
 
@@ -119,7 +129,7 @@ class Sizes:
         return {
             "HEADS": self.heads, "HEADS_HERE": self.heads_here, "HEAD_DIM": self.head_dim, "D_STATE": self.d_state,
             "PAIRS": self.pairs, "CHUNK": self.launch.chunk, "ROWS": state_passing.ROWS,
-            "COLUMN_PAIRS": self.column_pairs, "HARDWARE_TRIG": self.hardware_trig,
+            "COLUMN_PAIRS": self.column_pairs, "HARDWARE": self.hardware,
         }  # fmt: skip
 
     @cached_property
@@ -145,27 +155,47 @@ class Sizes:
         return self.empty(self.batch, slots, self.heads_here, self.head_dim, self.d_state, dtype=self.dtype)
 
 
-def scan_forward(inputs: Inputs, norm_eps: float, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
-    """Outputs (batch, seqlen, H, P) and the last state (batch, H, P, N) float32."""
+class Kept(NamedTuple):
+    """What the forward may keep for the backward besides its inputs: less memory than x and z take.
+
+    y: (batch, seqlen, H, P) before norm and gate, of rank 1 where there is a norm or a gate.
+    """
+
+    scales: Scales
+    y: Tensor | None
+
+
+def scan_forward(
+    inputs: Inputs, norm_eps: float, keep: bool = False, launch: Launch | int = 0
+) -> tuple[Tensor, Tensor, Kept]:
+    """Outputs (batch, seqlen, H, P), the last state (batch, H, P, N) float32, and what `keep` keeps."""
     sizes = Sizes.of(inputs, launch)
     scales = compute_scales(sizes, inputs)
     out = torch.empty_like(inputs.x)
+    kept_y = torch.empty_like(inputs.x) if keep and keeps_y(inputs) else None
     last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
     for head in sizes.passes():
         before = compute_states(sizes, inputs, scales, head, last)
-        chunk_output.chunk_outputs_kernel[sizes.chunk_grid()](
-            *_rows_arguments(inputs), *scales[:3], scales.phase, before, out, norm_eps, sizes.seqlen, sizes.chunks, head,
-            **sizes.chunk_constants, num_warps=sizes.launch.outputs_warps, num_stages=1,
+        run(
+            chunk_output.chunk_outputs_kernel, sizes.chunk_grid(),
+            *_rows_arguments(inputs), *scales[:3], scales.phase, before, out, kept_y, *[None] * 6, norm_eps,
+            sizes.seqlen, sizes.chunks, head, **sizes.chunk_constants, **sizes.launch.options("outputs"),
         )  # fmt: skip
-    return out, last
+    return out, last, Kept(scales, kept_y)
+
+
+def keeps_y(inputs: Inputs) -> bool:
+    gated = inputs.z is not None or inputs.norm_weight is not None or inputs.mimo_o is not None
+    return inputs.B.shape[2] == 1 and gated
 
 
 def scan_backward(
-    inputs: Inputs, norm_eps: float, d_out: Tensor, d_last: Tensor | None, launch: Launch | None = None
-) -> Inputs:
+    inputs: Inputs, norm_eps: float, d_out: Tensor, d_last: Tensor | None, kept: Kept | None = None,
+    launch: Launch | int = 0,
+) -> Inputs:  # fmt: skip
     """Gradients of all inputs, in their own dtypes; None where the input is None (and for document_ids)."""
     sizes = Sizes.of(inputs, launch)
-    scales = compute_scales(sizes, inputs)
+    kept = kept or Kept(compute_scales(sizes, inputs), None)
     batch, heads, pairs, padded, chunks = sizes.batch, sizes.heads, sizes.pairs, sizes.padded, sizes.chunks
     per_token = (batch, heads, padded)
     grads = {
@@ -184,7 +214,7 @@ def scan_backward(
     }  # fmt: skip
     partial = _partial_sums(sizes, inputs)
     for head in sizes.passes():
-        _backward_pass(sizes, inputs, scales, norm_eps, d_out, d_last, head, grads, scale_grads, partial)
+        _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, scale_grads, partial)
     grads |= _scales_backward(sizes, inputs, scale_grads)
     grads |= {name: None if tensor is None else tensor.sum((0, 1)) for name, tensor in partial.items()}
     grads["document_ids"] = None
@@ -194,77 +224,100 @@ def scan_backward(
 
 def compute_scales(sizes: Sizes, inputs: Inputs) -> Scales:
     """Stage 1, all heads at once."""
-    per_token = (sizes.batch, sizes.heads, sizes.padded)
-    phase_dtype = torch.float32 if sizes.dtype == torch.float32 else torch.int16
-    scales = Scales(
-        sizes.empty(*per_token), sizes.empty(*per_token), sizes.empty(*per_token),
-        sizes.empty(sizes.batch, sizes.heads, sizes.chunks), sizes.empty(*per_token, sizes.pairs, dtype=phase_dtype),
+    scales = Scales(*(sizes.empty(*shape, dtype=dtype) for shape, dtype in scale_shapes(sizes)))
+    programs, batch = _scales_grid(sizes)
+    run(
+        token_scales.token_scales_kernel, (programs * token_scales.HEAD_SPLIT, batch),
+        *_scales_arguments(inputs), *scales, sizes.seqlen, sizes.chunks, **_scales_constants(sizes, inputs),
+        HEAD_SPLIT=token_scales.HEAD_SPLIT, num_warps=4,
     )  # fmt: skip
-    token_scales.token_scales_kernel[_scales_grid(sizes)](
-        *_scales_arguments(inputs), *scales, sizes.seqlen, sizes.chunks, **_scales_constants(sizes, inputs), num_warps=4
-    )
     return scales
+
+
+def scale_shapes(sizes: Sizes) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shape and dtype of each of `Scales`."""
+    per_token = (sizes.batch, sizes.heads, sizes.padded)
+    single = torch.float32
+    phase_dtype = single if sizes.dtype == single else torch.int16
+    per_chunk = ((sizes.batch, sizes.heads, sizes.chunks), single)
+    return *[(per_token, single)] * 3, per_chunk, ((*per_token, sizes.pairs), phase_dtype)
 
 
 def compute_states(sizes: Sizes, inputs: Inputs, scales: Scales, head: int, last: Tensor) -> Tensor:
     """Stages 2 and 3 for one pass: the state before each chunk and after the last, (batch, chunks + 1, …)."""
     local = sizes.state_slots(sizes.chunks)
     before = sizes.state_slots(sizes.chunks + 1)
-    chunk_state.chunk_states_kernel[sizes.chunk_grid()](
+    run(
+        chunk_state.chunk_states_kernel, sizes.chunk_grid(),
         inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.log_decay, scales.key_log,
         scales.phase, local, sizes.seqlen, sizes.chunks, head,
-        BACKWARD=False, **sizes.chunk_constants, num_warps=sizes.launch.states_warps, num_stages=1,
+        **sizes.chunk_constants, **sizes.launch.options("states"),
     )  # fmt: skip
-    state_passing.state_passing_kernel[(sizes.passing_programs, sizes.heads_here, sizes.batch)](
+    run(
+        state_passing.state_passing_kernel, (sizes.passing_programs, sizes.heads_here, sizes.batch),
         local, inputs.initial, scales.chunk_decay, scales.phase, before, last, sizes.chunks, head,
-        **sizes.passing_constants, num_warps=1,
+        UNROLL=state_passing.UNROLL, **sizes.passing_constants, num_warps=1,
     )  # fmt: skip
     return before
 
 
-def _backward_pass(sizes, inputs, scales, norm_eps, d_out, d_last, head, grads, scale_grads, partial):
+def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, scale_grads, partial):
     """All gradients of one pass's heads; those of B and C are added to the earlier passes'."""
+    scales = kept.scales
     last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
     before = compute_states(sizes, inputs, scales, head, last)
     rows = (sizes.batch, sizes.heads_here, sizes.padded * sizes.rank)
     d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
     d_vectors = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
-    constants = sizes.chunk_constants | {"num_stages": 1}
-    chunk_output.chunk_outputs_backward_kernel[sizes.chunk_grid()](
-        *_rows_arguments(inputs), *scales[:3], scales.phase, before, d_out, d_y, grads["z"], d_vectors,
-        scale_grads["d_phase"], scale_grads["query_inner"], partial["mimo_z"], partial["mimo_o"],
-        partial["norm_weight"], norm_eps, sizes.seqlen, sizes.chunks, head,
-        **constants, num_warps=sizes.launch.outputs_backward_warps,
+    constants = sizes.chunk_constants
+    gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"], partial["norm_weight"], norm_eps)
+    place = (sizes.seqlen, sizes.chunks, head)
+    if kept.y is None:
+        run(
+            chunk_output.chunk_outputs_kernel, sizes.chunk_grid(),
+            *_rows_arguments(inputs), *scales[:3], scales.phase, before, None, None, *gate_grads, *place,
+            **constants, **sizes.launch.options("outputs_backward"),
+        )  # fmt: skip
+    else:
+        run(
+            gate.gate_backward_kernel, sizes.chunk_grid(),
+            kept.y, inputs.z, inputs.mimo_z, inputs.mimo_o, inputs.norm_weight, *gate_grads, *place,
+            HEADS=sizes.heads, HEAD_DIM=sizes.head_dim, CHUNK=sizes.launch.chunk, HEADS_HERE=sizes.heads_here,
+            HARDWARE=sizes.hardware, num_warps=4,
+        )  # fmt: skip
+    d_local, d_at_end = sizes.state_slots(sizes.chunks), sizes.state_slots(sizes.chunks)
+    run(
+        chunk_query.chunk_queries_backward_kernel, sizes.chunk_grid(),
+        inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.mimo_x, inputs.document_ids, *scales[:3],
+        scales.phase, before, d_y, d_local, d_vectors, scale_grads["d_phase"], scale_grads["query_inner"], *place,
+        **constants, **sizes.launch.options("queries"),
     )  # fmt: skip
     _sum_heads(sizes, d_vectors, grads["C"], partial["C_bias"], head)
-
-    d_local, d_at_end = sizes.state_slots(sizes.chunks), sizes.state_slots(sizes.chunks)
     d_initial = last if grads["initial"] is None else grads["initial"]
-    chunk_state.chunk_states_kernel[sizes.chunk_grid()](
-        d_y, None, inputs.C, inputs.C_bias, inputs.document_ids, scales.log_decay, scales.key_log, scales.phase,
-        d_local, sizes.seqlen, sizes.chunks, head, BACKWARD=True, **constants, num_warps=sizes.launch.states_warps,
-    )  # fmt: skip
-    state_passing.state_passing_backward_kernel[(sizes.passing_programs, sizes.heads_here, sizes.batch)](
+    run(
+        state_passing.state_passing_backward_kernel, (sizes.passing_programs, sizes.heads_here, sizes.batch),
         d_local, d_last, before, scales.chunk_decay, scales.phase, d_at_end, d_initial, scale_grads["state_inner"],
         scale_grads["d_chunk_turn"], sizes.chunks, head,
-        INNER_PARTS=sizes.inner_parts, **sizes.passing_constants, num_warps=1,
+        INNER_PARTS=sizes.inner_parts, UNROLL=state_passing.UNROLL_BACKWARD, **sizes.passing_constants, num_warps=1,
     )  # fmt: skip
-    chunk_key.chunk_keys_backward_kernel[sizes.chunk_grid()](
+    run(
+        chunk_key.chunk_keys_backward_kernel, sizes.chunk_grid(),
         inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.D, inputs.mimo_x, inputs.document_ids,
         *scales[:3], scales.phase, d_at_end, d_y, grads["x"], d_vectors, scale_grads["d_phase"],
-        scale_grads["key_inner"], scale_grads["d_diagonal"], partial["D"], partial["mimo_x"], sizes.seqlen,
-        sizes.chunks, head, **constants, num_warps=sizes.launch.keys_backward_warps,
+        scale_grads["key_inner"], scale_grads["d_diagonal"], partial["D"], partial["mimo_x"], *place,
+        **constants, **sizes.launch.options("keys"),
     )  # fmt: skip
     _sum_heads(sizes, d_vectors, grads["B"], partial["B_bias"], head)
 
 
 def _sum_heads(sizes: Sizes, per_head: Tensor, total: Tensor, d_bias: Tensor | None, head: int) -> None:
     groups_here = max(1, sizes.heads_here * sizes.groups // sizes.heads)
-    head_sum.head_sum_kernel[(triton.cdiv(sizes.seqlen, head_sum.TOKENS), sizes.rank * groups_here, sizes.batch)](
+    blocks = triton.cdiv(sizes.seqlen, head_sum.TOKENS) * triton.cdiv(sizes.d_state, head_sum.COLUMNS)
+    run(
+        head_sum.head_sum_kernel, (blocks, sizes.rank * groups_here, sizes.batch),
         per_head, total, d_bias, sizes.seqlen, sizes.padded, head,
-        HEADS=sizes.heads, GROUPS=sizes.groups, D_STATE=sizes.d_state,
-        STATE_BLOCK=triton.next_power_of_2(sizes.d_state), RANK=sizes.rank, HEADS_HERE=sizes.heads_here,
-        TOKENS=head_sum.TOKENS, num_warps=4,
+        HEADS=sizes.heads, GROUPS=sizes.groups, D_STATE=sizes.d_state, RANK=sizes.rank,
+        HEADS_HERE=sizes.heads_here, TOKENS=head_sum.TOKENS, COLUMNS=head_sum.COLUMNS, STEP=head_sum.STEP, num_warps=2,
     )  # fmt: skip
 
 
@@ -275,15 +328,13 @@ def _scales_backward(sizes: Sizes, inputs: Inputs, scale_grads: dict[str, Tensor
     d_trap = None if inputs.trap is None else torch.empty_like(inputs.trap)
     d_angles = sizes.empty(blocks, sizes.batch, sizes.seqlen, sizes.pairs)
     names = ("key_inner", "query_inner", "d_diagonal", "d_phase", "state_inner", "d_chunk_turn")
-    token_scales.token_scales_backward_kernel[_scales_grid(sizes)](
+    run(
+        token_scales.token_scales_backward_kernel, _scales_grid(sizes),
         *_scales_arguments(inputs), *(scale_grads[name] for name in names), d_dt, d_A, d_trap, d_angles, sizes.seqlen,
         sizes.chunks, **_scales_constants(sizes, inputs), INITIAL_STATE=inputs.initial is not None,
         INNER_PARTS=sizes.inner_parts, TURN_PARTS=sizes.head_dim // state_passing.ROWS, num_warps=4,
     )  # fmt: skip
-    if inputs.angles is None:
-        d_angles = None
-    else:
-        d_angles = d_angles.sum((0, 1, 2) if inputs.angles.dim() == 1 else 0)
+    d_angles = None if inputs.angles is None else d_angles.sum((0, 1, 2) if inputs.angles.dim() == 1 else 0)
     return {"dt": d_dt, "A": d_A, "trap": d_trap, "angles": d_angles}
 
 
@@ -318,7 +369,8 @@ def _scales_grid(sizes: Sizes) -> tuple[int, int]:
 
 def _scales_constants(sizes: Sizes, inputs: Inputs) -> dict:
     return {
-        "HEADS": sizes.heads, "PAIRS": sizes.pairs, "CHUNK": sizes.launch.chunk, "PAIR_BLOCK": sizes.pair_block,
+        "HEADS": sizes.heads, "PAIRS": sizes.pairs, "CHUNK": sizes.launch.chunk,
+        "TOKEN_BLOCK": max(16, sizes.launch.chunk), "PAIR_BLOCK": sizes.pair_block,
         "FIXED_ANGLES": inputs.angles is not None and inputs.angles.dim() == 1,
         "HEAD_BLOCK": token_scales.HEAD_BLOCK,
     }  # fmt: skip
