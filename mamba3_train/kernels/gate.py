@@ -76,13 +76,12 @@ def gate_rows_backward(y, d_out, z, mimo_z, mimo_o, norm_weight, norm_eps, rank,
 
 @triton.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
 def gate_backward_kernel(
-    y, z, mimo_z, mimo_o, norm_weight, d_out, d_y, d_z, d_mimo_z, d_mimo_o, d_norm, norm_eps, seqlen, chunks,
-    head_start,
+    y, z, mimo_z, mimo_o, d_out, d_y, d_z, d_mimo_z, d_mimo_o, seqlen, chunks, head_start,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, HEADS_HERE: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """From the output's gradient to y's, z's and the gate's weights'; rank 1, y (batch, seqlen, HEADS, P).
 
-    d_y: (batch, HEADS_HERE, padded length, P); d_z like z; d_mimo_z, d_mimo_o, d_norm: (batch, chunks, HEADS, P).
+    d_y: (batch, HEADS_HERE, padded length, P); d_z like z; d_mimo_z, d_mimo_o: (batch, chunks, HEADS, P).
     """
     chunk = tl.program_id(0) // HEADS_HERE
     here = tl.program_id(0) % HEADS_HERE
@@ -99,19 +98,9 @@ def gate_backward_kernel(
     if z is not None:
         gate = load_tokens(z + tokens, token, valid, HEADS, HEAD_DIM)
     weights = head * HEAD_DIM
-    by_y, by_z, by_mimo_z, by_mimo_o, by_norm = gate_rows_backward(
-        kept,
-        by_out,
-        gate,
-        None if mimo_z is None else mimo_z + weights,
-        None if mimo_o is None else mimo_o + weights,
-        None if norm_weight is None else norm_weight + weights,
-        norm_eps,
-        token,
-        1,
-        HEAD_DIM,
-        HARDWARE,
-    )
+    by_y, by_z, by_mimo_z, by_mimo_o, _ = gate_rows_backward(
+        kept, by_out, gate, None if mimo_z is None else mimo_z + weights, None if mimo_o is None else mimo_o + weights,
+        None, 0.0, token, 1, HEAD_DIM, HARDWARE)  # fmt: skip
     rows = ((batch * HEADS_HERE + here) * chunks + chunk) * (CHUNK * HEAD_DIM)
     tl.store(d_y + rows + token[:, None] * HEAD_DIM + column[None, :], by_y.to(d_y.dtype.element_ty))
     if z is not None:
@@ -122,5 +111,3 @@ def gate_backward_kernel(
         tl.store(d_mimo_z + partial, tl.sum(by_mimo_z, axis=0))
     if mimo_o is not None:
         tl.store(d_mimo_o + partial, tl.sum(by_mimo_o, axis=0))
-    if norm_weight is not None:
-        tl.store(d_norm + partial, tl.sum(by_norm, axis=0))

@@ -33,9 +33,16 @@ class Launch(NamedTuple):
         return options if registers is None or interpreted() else options | {"maxnreg": registers}
 
 
-# (rows of a tile, heads of a pass) by the largest d_state · head_dim they serve; the first that fits is taken.
-HALF = {128 * 64: (64, 32), 256 * 128: (32, 8)}
-SINGLE = {128 * 64: (32, 8), 256 * 128: (16, 4)}
+# By the largest d_state · head_dim they serve (the first that fits is taken): rows of a tile, heads of a pass at rank
+# 1, and options of single kernels. (128 · 64, 16 bit) was measured; the others were only run.
+HALF = {
+    128 * 64: (64, 32, {"outputs": (4, 168)}),
+    256 * 128: (32, 8, {}),
+}
+SINGLE = {
+    128 * 64: (32, 8, {}),
+    256 * 128: (16, 4, {}),
+}
 RANKS, HEAD_DIMS = (1, 2, 4, 8), (16, 32, 64, 128)
 
 
@@ -61,13 +68,13 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: in
     if d_state % 2 or not 16 <= d_state <= 256:
         raise ValueError(f"backend 'triton' takes an even d_state from 16 to 256, got {d_state}: use 'reference'")
     table = SINGLE if dtype == torch.float32 else HALF
-    rows, heads = next(value for size, value in table.items() if d_state * head_dim <= size)
+    rows, heads, options = next(value for size, value in table.items() if d_state * head_dim <= size)
     largest, least = rows // rank, max(1, 16 // rank)
     if chunk and (chunk & (chunk - 1) or not least <= chunk <= largest):
         raise ValueError(
             f"backend 'triton' takes a chunk_size of a power of two from {least} to {largest}, got {chunk}"
         )
-    return Launch(chunk=chunk or largest, heads=max(1, heads // rank))
+    return Launch(chunk=chunk or largest, heads=max(1, heads // rank), **options)
 
 
 def heads_in_pass(heads: int, groups: int, wanted: int) -> int:

@@ -12,9 +12,9 @@ import triton.language as tl
 
 from mamba3_train.kernels.tiles import cosine_sine
 
-ROWS = 16
-UNROLL = 8
-UNROLL_BACKWARD = 4
+ROWS = 8
+UNROLL = 16
+UNROLL_BACKWARD = 8
 
 
 @triton.jit

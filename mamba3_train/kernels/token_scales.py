@@ -28,6 +28,18 @@ def _inside_document(document_ids, batch_start, token, seqlen, DOCUMENTS: tl.con
 
 
 @triton.jit
+def _sum(summing, values, EXACT: tl.constexpr):
+    """[tokens, tokens] 0/1 matrix @ [tokens, columns], to float32's precision or to 2⁻¹⁶, enough for 16-bit inputs."""
+    if EXACT:
+        return tl.dot(summing, values, input_precision="tf32x3")
+    else:
+        high = values.to(tl.bfloat16)
+        low = (values - high.to(tl.float32)).to(tl.bfloat16)
+        narrow = summing.to(tl.bfloat16)
+        return tl.dot(narrow, low, tl.dot(narrow, high))
+
+
+@triton.jit
 def _same_document(document_ids, batch_start, token, other, seqlen, DOCUMENTS: tl.constexpr):
     """Whether two tokens of a row, both inside it after clamping, belong to one document."""
     if DOCUMENTS:
@@ -52,7 +64,7 @@ def _mix(trap, at, inside):
 def token_scales_kernel(
     dt, A, trap, angles, document_ids, log_decay, key_log, diagonal, chunk_decay, phase, seqlen, chunks,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
-    FIXED_ANGLES: tl.constexpr, HEAD_BLOCK: tl.constexpr, HEAD_SPLIT: tl.constexpr,
+    FIXED_ANGLES: tl.constexpr, EXACT: tl.constexpr, HEAD_BLOCK: tl.constexpr, HEAD_SPLIT: tl.constexpr,
 ):  # fmt: skip
     DOCUMENTS: tl.constexpr = document_ids is not None
     blocks: tl.constexpr = (HEADS + HEAD_BLOCK - 1) // HEAD_BLOCK
@@ -75,7 +87,7 @@ def token_scales_kernel(
         step = tl.load(dt + at, mask=valid, other=0.0).to(tl.float32)
         rate = tl.load(A + at, mask=valid, other=0.0).to(tl.float32)
         # [C, C] @ [C, heads] -> [C, heads]
-        decay = tl.dot(summing, step * rate * 1.4426950408889634, input_precision="tf32x3")
+        decay = _sum(summing, step * rate * 1.4426950408889634, True)
         gamma = _mix(trap, at, valid) * step
         scale = gamma
         if trap is not None:
@@ -114,7 +126,7 @@ def token_scales_kernel(
                     step_of_head = tl.load(dt + (start + token) * HEADS + this, mask=counts, other=0.0)
                     increment = turn * step_of_head.to(tl.float32)[:, None]
                 # [C, C] @ [C, S] -> [C, S]
-                turns = tl.dot(summing, increment, input_precision="tf32x3")
+                turns = _sum(summing, increment, EXACT)
                 turns -= tl.floor(turns + 0.5)
                 to = phase + ((batch * HEADS + this) * length + token)[:, None] * PAIRS + pair[None, :]
                 if phase.dtype.element_ty == tl.int16:
@@ -129,8 +141,8 @@ def token_scales_backward_kernel(
     dt, A, trap, angles, document_ids, key_inner, query_inner, d_diagonal, d_phase, state_inner, d_chunk_turn,
     d_dt, d_A, d_trap, d_angles, seqlen, chunks,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
-    FIXED_ANGLES: tl.constexpr, HEAD_BLOCK: tl.constexpr, INITIAL_STATE: tl.constexpr, INNER_PARTS: tl.constexpr,
-    TURN_PARTS: tl.constexpr,
+    FIXED_ANGLES: tl.constexpr, EXACT: tl.constexpr, HEAD_BLOCK: tl.constexpr, INITIAL_STATE: tl.constexpr,
+    INNER_PARTS: tl.constexpr, TURN_PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of dt, A, trap and angles from those of the scales.
 
@@ -164,7 +176,7 @@ def token_scales_backward_kernel(
     at_end = tl.load(state_inner + part, mask=(head < HEADS)[:, None], other=0.0)
     keys = tl.load(key_inner + scratch, mask=valid, other=0.0)
     # [C, C] @ [C, heads] -> [C, heads]
-    d_log = tl.dot(summing, tl.load(query_inner + scratch, mask=valid, other=0.0) - keys, input_precision="tf32x3")
+    d_log = _sum(summing, tl.load(query_inner + scratch, mask=valid, other=0.0) - keys, True)
     d_log += tl.where(in_last[:, None], tl.sum(at_end, axis=1)[None, :], 0.0)
     d_log = tl.where(goes_on[:, None], d_log, 0.0)
 
@@ -215,7 +227,7 @@ def token_scales_backward_kernel(
                 by_end = tl.load(d_chunk_turn + piece[:, None] * PAIRS + pair[None, :], mask=(pair < PAIRS)[None, :],
                                  other=0.0)  # fmt: skip
                 # [C, C] @ [C, S] -> [C, S]
-                d_turn = tl.dot(summing, by_phase, input_precision="tf32x3")
+                d_turn = _sum(summing, by_phase, EXACT)
                 d_turn += tl.where(in_last[:, None], tl.sum(by_end, axis=0)[None, :], 0.0)
                 d_turn = tl.where(goes_on[:, None], d_turn, 0.0)
                 if FIXED_ANGLES:

@@ -185,8 +185,9 @@ def scan_forward(
 
 
 def keeps_y(inputs: Inputs) -> bool:
-    gated = inputs.z is not None or inputs.norm_weight is not None or inputs.mimo_o is not None
-    return inputs.B.shape[2] == 1 and gated
+    """Whether keeping y pays: at rank 1 behind a gate. The norm's gradient would suffer from y's rounding."""
+    gated = inputs.z is not None or inputs.mimo_o is not None
+    return inputs.B.shape[2] == 1 and gated and inputs.norm_weight is None
 
 
 def scan_backward(
@@ -245,14 +246,24 @@ def scale_shapes(sizes: Sizes) -> tuple[tuple[tuple[int, ...], torch.dtype], ...
 
 def compute_states(sizes: Sizes, inputs: Inputs, scales: Scales, head: int, last: Tensor) -> Tensor:
     """Stages 2 and 3 for one pass: the state before each chunk and after the last, (batch, chunks + 1, …)."""
+    return pass_states(sizes, inputs, scales, local_states(sizes, inputs, scales, head), head, last)
+
+
+def local_states(sizes: Sizes, inputs: Inputs, scales: Scales, head: int) -> Tensor:
+    """Stage 2: what each chunk adds to the state, (batch, chunks, heads of the pass, P, N)."""
     local = sizes.state_slots(sizes.chunks)
-    before = sizes.state_slots(sizes.chunks + 1)
     run(
         chunk_state.chunk_states_kernel, sizes.chunk_grid(),
         inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.log_decay, scales.key_log,
         scales.phase, local, sizes.seqlen, sizes.chunks, head,
         **sizes.chunk_constants, **sizes.launch.options("states"),
     )  # fmt: skip
+    return local
+
+
+def pass_states(sizes: Sizes, inputs: Inputs, scales: Scales, local: Tensor, head: int, last: Tensor) -> Tensor:
+    """Stage 3: the state before each chunk and after the last, which is also written to `last` in float32."""
+    before = sizes.state_slots(sizes.chunks + 1)
     run(
         state_passing.state_passing_kernel, (sizes.passing_programs, sizes.heads_here, sizes.batch),
         local, inputs.initial, scales.chunk_decay, scales.phase, before, last, sizes.chunks, head,
@@ -270,18 +281,19 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
     d_vectors = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
     constants = sizes.chunk_constants
-    gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"], partial["norm_weight"], norm_eps)
+    gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"])
     place = (sizes.seqlen, sizes.chunks, head)
     if kept.y is None:
         run(
             chunk_output.chunk_outputs_kernel, sizes.chunk_grid(),
-            *_rows_arguments(inputs), *scales[:3], scales.phase, before, None, None, *gate_grads, *place,
+            *_rows_arguments(inputs), *scales[:3], scales.phase, before, None, None, *gate_grads,
+            partial["norm_weight"], norm_eps, *place,
             **constants, **sizes.launch.options("outputs_backward"),
         )  # fmt: skip
     else:
         run(
             gate.gate_backward_kernel, sizes.chunk_grid(),
-            kept.y, inputs.z, inputs.mimo_z, inputs.mimo_o, inputs.norm_weight, *gate_grads, *place,
+            kept.y, inputs.z, inputs.mimo_z, inputs.mimo_o, *gate_grads, *place,
             HEADS=sizes.heads, HEAD_DIM=sizes.head_dim, CHUNK=sizes.launch.chunk, HEADS_HERE=sizes.heads_here,
             HARDWARE=sizes.hardware, num_warps=4,
         )  # fmt: skip
@@ -371,6 +383,6 @@ def _scales_constants(sizes: Sizes, inputs: Inputs) -> dict:
     return {
         "HEADS": sizes.heads, "PAIRS": sizes.pairs, "CHUNK": sizes.launch.chunk,
         "TOKEN_BLOCK": max(16, sizes.launch.chunk), "PAIR_BLOCK": sizes.pair_block,
-        "FIXED_ANGLES": inputs.angles is not None and inputs.angles.dim() == 1,
+        "FIXED_ANGLES": inputs.angles is not None and inputs.angles.dim() == 1, "EXACT": sizes.dtype == torch.float32,
         "HEAD_BLOCK": token_scales.HEAD_BLOCK,
     }  # fmt: skip

@@ -1,0 +1,126 @@
+"""Compile every Triton kernel for Hopper on a machine without a GPU and print what the compiler made of it.
+
+    python tools/compile_kernels.py              # all sizes below: minutes
+    python tools/compile_kernels.py siso mimo4   # some
+
+The launches are the real ones: the scan runs on meta tensors and each launch is compiled instead of made. One JSON line a
+kernel: registers, bytes spilled, shared memory, faults in its machine code (see `launch.wrong_descriptors`). Exits with 1
+if a kernel has a fault or needs more shared memory than a block of an H100 or H200 has.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mamba3_train.kernels import triton_scan
+from mamba3_train.kernels.launch import wrong_descriptors
+
+SHARED_MEMORY = 227 * 1024
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int16: "*i16", torch.int32: "*i32",
+}  # fmt: skip
+# The 1.5B layer unless said otherwise.
+LAYER = {"heads": 64, "head_dim": 64, "d_state": 128, "rank": 1, "pairs": 32, "dtype": torch.bfloat16}
+SIZES = {
+    "siso": LAYER,
+    "mimo4": LAYER | {"rank": 4},
+    "siso_documents_norm": LAYER | {"documents": True, "norm": True},
+    "mimo4_documents_norm": LAYER | {"rank": 4, "documents": True, "norm": True},
+    "mimo2": LAYER | {"rank": 2},
+    "mimo8": LAYER | {"rank": 8},
+    "siso_full_rotation": LAYER | {"pairs": 64},
+    "siso_no_rotation": LAYER | {"pairs": 0},
+    "siso_180M": LAYER | {"heads": 24},
+    "siso_float16": LAYER | {"dtype": torch.float16},
+    "siso_float32": LAYER | {"dtype": torch.float32},
+    "mimo4_float32": LAYER | {"rank": 4, "dtype": torch.float32},
+    "siso_narrow": LAYER | {"head_dim": 32, "d_state": 64, "pairs": 16},
+    "siso_wide": LAYER | {"head_dim": 128, "d_state": 256, "pairs": 64},
+    "mimo4_wide": LAYER | {"head_dim": 128, "d_state": 256, "pairs": 64, "rank": 4},
+    "siso_wide_float32": LAYER | {"head_dim": 128, "d_state": 256, "pairs": 64, "dtype": torch.float32},
+}
+
+
+def meta_inputs(heads, head_dim, d_state, rank, pairs, dtype, documents=False, norm=False):
+    batch, seqlen = 2, 256
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    per_token = (batch, seqlen, heads)
+    wide, shared = (*per_token, head_dim), (batch, seqlen, rank, 1, d_state)
+    mimo = [empty(heads, rank, head_dim) if rank > 1 else None for _ in range(3)]
+    return triton_scan.Inputs(
+        empty(*wide, dtype=dtype), empty(*shared, dtype=dtype), empty(*shared, dtype=dtype), empty(*per_token),
+        empty(*per_token), empty(*per_token, dtype=dtype), empty(batch, seqlen, pairs, dtype=dtype) if pairs else None,
+        empty(heads, rank, d_state), empty(heads, rank, d_state), empty(heads), empty(*wide, dtype=dtype), *mimo,
+        empty(heads, head_dim) if norm else None, empty(batch, seqlen, dtype=torch.int32) if documents else None, None,
+    )  # fmt: skip
+
+
+def compile_launch(kernel, args, options):
+    """Compile one launch as the runtime would, its pointers taken to be aligned."""
+    names = kernel.arg_names
+    settings = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
+    values = dict(zip(names, args, strict=False)) | options
+    constants, signature, aligned = {}, {}, {}
+    for i, name in enumerate(names):
+        value = values[name]
+        if torch.is_tensor(value):
+            signature[name], aligned[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif value is None or name in options:
+            signature[name], constants[(i,)] = "constexpr", value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=settings)
+
+
+def report(compiled):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    sass = compiled.asm["sass"]
+    return {
+        "registers": max(int(n) for n in re.findall(r"\bREG:(\d+)", usage)),
+        "spills": len(re.findall(r"\bSTL\b", sass)),
+        "shared": compiled.metadata.shared,
+        "faults": wrong_descriptors(sass),
+    }
+
+
+def main(sizes):
+    seen, failed = set(), []
+
+    def compile_instead(kernel, grid, *args, **options):
+        types = [(a.dtype, None) if torch.is_tensor(a) else (None, a is None) for a in args]
+        key = (kernel.fn.__name__, str(types), str(sorted(options.items())))
+        if key not in seen:
+            seen.add(key)
+            line = {"size": size, "kernel": kernel.fn.__name__, **report(compile_launch(kernel, args, options))}
+            print(json.dumps(line), flush=True)
+            if line["faults"] or line["shared"] > SHARED_MEMORY:
+                failed.append(line)
+
+    triton_scan.run = compile_instead
+    for size in sizes:
+        inputs = meta_inputs(**SIZES[size])
+        _, last, kept = triton_scan.scan_forward(inputs, 1e-5, keep=True)
+        triton_scan.scan_backward(inputs, 1e-5, inputs.x, last, kept)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or list(SIZES)))
