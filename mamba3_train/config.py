@@ -204,7 +204,8 @@ def _explain(error: Exception, config_name: str) -> str:
         chain.append(chain[-1].__cause__)
     for link in chain:
         if isinstance(link, UserError):
-            return str(link)
+            # One from a loader's worker arrives with the worker's traceback before it.
+            return str(link).strip().splitlines()[-1].removeprefix("mamba3_train.errors.UserError: ")
         if isinstance(link, MissingConfigException) and link.missing_cfg_file:
             group, _, name = link.missing_cfg_file.rpartition("/")
             return f"there is no {group or 'config'} named {name!r}. {_nearest(name, link.options or [])}"
@@ -240,5 +241,7 @@ def _valid_keys(wrong: str, config_name: str) -> list[str]:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    # One line, however many processes find the same mistake.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -20,12 +20,14 @@ def cli(config: DictConfig) -> int:
     from mamba3_train.checkpoint import sharded
     from mamba3_train.checkpoint.resume import open_run_folder
     from mamba3_train.model.cost import model_cost
+    from mamba3_train.training import processes
     from mamba3_train.training.callbacks import Preempted
-    from mamba3_train.training.hardware import choose_precision
+    from mamba3_train.training.hardware import choose_precision, on_gpu
     from mamba3_train.training.report import report
 
     _quiet()
-    console, folder, max_steps = Console(highlight=False), Path(config.run.dir), config.trainer.max_steps
+    console = Console(highlight=False, quiet=processes.rank() != 0)
+    folder, max_steps = Path(config.run.dir), config.trainer.max_steps
     # Everything that can be refused is built first: a mistake must leave no trace in the run folder.
     model_config = instantiate(config.model)
     data = instantiate(config.data)
@@ -33,10 +35,12 @@ def cli(config: DictConfig) -> int:
     strategy = build_strategy(config)
     precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
     data.check_batch_size(config.trainer.devices * config.trainer.num_nodes)
-    data.prepare_data()
-    data.setup()
 
-    checkpoint = open_run_folder(config)
+    processes.start_processes(config.trainer.devices, config.trainer.num_nodes)
+    processes.join(on_gpu(config.trainer.accelerator))
+    processes.decided_by_rank_zero(data.prepare_data)
+    data.setup()
+    checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config))
     step = sharded.read_state(checkpoint)["step"] if checkpoint else 0
     if step >= max_steps:
         console.print(f"{folder} is complete at step {step}: see {folder}/summary.json, or raise trainer.max_steps")

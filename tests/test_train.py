@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+TWO_PROCESSES = ["strategy=ddp", "trainer.devices=2", "data.micro_batch_size=2"]
 
 SMALL = [
     "+recipe=quickstart", "data.prepare.automatic=false", "data.validation_sequences=8", "data.sequence_length=64",
@@ -39,12 +42,15 @@ class Run:
         assert process.returncode == code, err
         return out, err
 
-    def stop_at(self, step, number):
-        """Send a signal once a step is logged; returns output and exit code."""
-        process = self.start()
+    def stop_at(self, step, number, *overrides, rank=None):
+        """Send a signal, to a rank or to the process that was started, once a step is logged; returns output, code."""
+        process = self.start(*overrides)
         while process.poll() is None and self.last_step() < step:
             time.sleep(0.01)
-        process.send_signal(number)
+        if rank is None:
+            process.send_signal(number)
+        else:
+            os.kill(rank_process(process.pid, rank), number)
         out, _ = process.communicate(timeout=60)
         assert self.last_step() < 24, "the run was over before the signal"
         return out, process.returncode
@@ -64,6 +70,15 @@ class Run:
     def weights(self):
         (file,) = (self.folder / "checkpoints" / "step-00000024").glob("*.safetensors")
         return load_file(file)
+
+
+def rank_process(parent: int, rank: int) -> int:
+    """Process id of a rank among the children of the process that started it."""
+    for path in Path(f"/proc/{parent}/task").glob("*/children"):
+        for child in path.read_text().split():
+            if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+                return int(child)
+    raise LookupError(f"no rank {rank} below process {parent}")
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +197,29 @@ def test_wandb_works_offline_without_an_account(tmp_path, quickstart_corpus):
     run.finish("logger=wandb", "logger.offline=true", "trainer.max_steps=2")
     assert list((run.folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert run.last_step() == 2
+
+
+def test_two_processes_train_as_one_does(tmp_path, quickstart_corpus, uninterrupted):
+    run = Run(tmp_path / "run", quickstart_corpus)
+    out, _ = run.finish(*TWO_PROCESSES)
+    assert out.count("step 24/24") == uninterrupted.output.count("step 24/24"), "only rank 0 speaks"
+    assert [row.keys() for row in run.rows()] == [row.keys() for row in uninterrupted.rows()]
+    for row, expected in zip(run.losses(), uninterrupted.losses(), strict=True):
+        tolerance = 1e-5 if row["step"] == 1 else 1e-3
+        assert row == pytest.approx(expected, rel=tolerance)
+
+
+def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(tmp_path, quickstart_corpus, uninterrupted):
+    run = Run(tmp_path / "run", quickstart_corpus)
+    out, code = run.stop_at(7, signal.SIGTERM, *TWO_PROCESSES, rank=1)
+    assert code == 128 + signal.SIGTERM
+    assert "the same command goes on from there" in out
+    run.finish()
+    for row, expected in zip(run.losses(), uninterrupted.losses(), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_mistake_found_by_two_processes_is_said_once(uninterrupted):
+    _, err = uninterrupted.finish(*TWO_PROCESSES, "model.d_mlp=128", code=2)
+    assert len(err.strip().splitlines()) == 1, err
+    assert "model.d_mlp (64 there, 128 now)" in err

@@ -10,13 +10,8 @@ from mamba3_train.errors import UserError
 
 # What makes a run the run it is. The rest (steps, schedule, strategy, logging, …) may change between its parts.
 IDENTITY = (
-    "model",
-    "optimizer",
-    "run.seed",
-    "data.sequence_length",
-    "data.global_batch_size",
-    "data.seed",
-    "data.path",
+    *("model", "optimizer", "run.seed"),
+    *(f"data.{key}" for key in ("path", "seed", "packing", "mixture", "sequence_length", "global_batch_size")),
 )
 
 

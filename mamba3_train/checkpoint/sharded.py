@@ -43,10 +43,23 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state
         config_yaml: the resolved config.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    together = dist.is_initialized()
+    first = not together or dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    if together:
+        dist.barrier()
     writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
+    dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not together)
+    if first:
+        _publish(partial, folder, state, config_yaml)
+    if together:
+        dist.barrier()
+
+
+def _publish(partial: Path, folder: Path, state: dict, config_yaml: str) -> None:
+    """Complete what the ranks wrote, hash it, and give it its name."""
     (partial / CONFIG).write_text(config_yaml)
     (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())}

@@ -1,9 +1,11 @@
 """One optimizer step and one validation step, as Lightning calls them."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import lightning
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from mamba3_train.model import Mamba3Config, Mamba3LM, initialize
@@ -64,11 +66,13 @@ class PretrainingModule(lightning.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.schedule(self.global_step)
         # The mean of the ranks' counts, because gradients too are averaged over ranks.
-        targets = self.trainer.strategy.reduce(count_targets(batch["labels"]).float(), reduce_op="mean")
+        targets = self.trainer.strategy.reduce(count_targets(batch["labels"]).float(), reduce_op="mean").clamp(min=1)
         loss = torch.zeros_like(targets)
-        for rows in self._micro_batches(batch):
-            part = self._loss_sum(rows) / targets
-            self.manual_backward(part)
+        micro_batches = list(self._micro_batches(batch))
+        for number, rows in enumerate(micro_batches, start=1):
+            with self._exchange_gradients(number == len(micro_batches)):
+                part = self._loss_sum(rows) / targets
+                self.manual_backward(part)
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip_norm)
         optimizer.step()
@@ -93,6 +97,11 @@ class PretrainingModule(lightning.LightningModule):
 
     def _loss_sum(self, rows: dict[str, Tensor]) -> Tensor:
         return next_token_loss(self.model(rows["input_ids"], rows["document_ids"]), rows["labels"])
+
+    def _exchange_gradients(self, wanted: bool):
+        """Let ranks exchange gradients in the backward pass within, or keep them apart."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) and not wanted else nullcontext()
 
     def _micro_batches(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         parts = {key: value.split(self.micro_batch_size) for key, value in batch.items()}

@@ -66,7 +66,8 @@ class Checkpointing(Callback):
                 "versions": {name: _version(name) for name in _VERSIONED},
             }
             sharded.save(folder, module.model, module.optimizers().optimizer, state, self.config_yaml)
-            sharded.keep_newest(self.folder, self.keep_last)
+            if trainer.is_global_zero:
+                sharded.keep_newest(self.folder, self.keep_last)
 
 
 def _count_steps_done(trainer: Trainer, step: int) -> None:

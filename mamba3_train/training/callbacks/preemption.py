@@ -5,6 +5,7 @@ import signal
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mamba3_train.training.callbacks.checkpointing import Checkpointing
+from mamba3_train.training.processes import SharedFlag
 
 
 class Preempted(Exception):
@@ -16,7 +17,7 @@ class Preempted(Exception):
 
 
 class Preemption(Callback):
-    """On SIGINT (Ctrl-C) and SIGTERM: finish the step, save, and leave by raising Preempted.
+    """On SIGINT (Ctrl-C) and SIGTERM to any rank: all finish the step, save, and leave by raising Preempted.
 
     A second signal of the same kind ends the process at once.
     """
@@ -25,18 +26,20 @@ class Preemption(Callback):
 
     def __init__(self, checkpointing: Checkpointing):
         self.checkpointing = checkpointing
-        self._received: int | None = None
+        self._received = 0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Take the signals over, after Lightning has set its own handlers."""
+        self._flag = SharedFlag()
         for number in self.SIGNALS:
             signal.signal(number, self._receive)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
         """Leave if a signal came during the step that is over."""
-        if self._received is not None:
+        received = self._flag.largest(self._received)
+        if received:
             self.checkpointing.save(trainer, module)
-            raise Preempted(self._received, trainer.global_step)
+            raise Preempted(received, trainer.global_step)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Give the signals back."""
