@@ -1,0 +1,42 @@
+"""Every kernel of real models compiles for Hopper, fits its shared memory and shows no known fault of the assembler."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from mamba3_train.kernels.launch import wrong_descriptors
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("size", ["siso_documents_norm", "mimo4_documents_norm"])
+def test_kernels_compile_for_hopper(size):
+    """The other sizes of `tools/compile_kernels.py` take minutes: run it by hand after a change."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, ROOT / "tools" / "compile_kernels.py", size]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = {json.loads(line)["kernel"] for line in done.stdout.splitlines()}
+    assert len(kernels) == 9
+
+
+def test_finds_a_wrong_descriptor():
+    right = """
+        USHF.R.U32.HI UR4, URZ, 0x4, UR4 ;
+        UIADD3 UR10, UP0, UR4, 0x40, URZ ;
+        UMOV UR4, URZ ;
+        UIADD3.X UR11, UR4, -0x7fffffe0, URZ, UP0, !UPT ;
+    """
+    wrong = """
+        UIADD3 UR4, UP0, UR28, 0x40, URZ ;
+        UIADD3.X UR5, UR28, -0x7fffffe0, URZ, UP0, !UPT ;
+    """
+    assert wrong_descriptors(right) == []
+    assert len(wrong_descriptors(wrong)) == 1
