@@ -3,8 +3,8 @@
     python tools/compile_kernels.py              # all sizes below: minutes
     python tools/compile_kernels.py siso mimo4   # some
 
-The launches are the real ones: the scan runs on meta tensors and each launch is compiled instead of made. One JSON line
-a kernel: registers, stores that spill, shared memory, faults in its machine code (see `launch.wrong_descriptors`). Exits
+The launches are the real ones: the scan runs on meta tensors and each launch is compiled instead of made. One line of
+JSON a kernel: registers, stores that spill, shared memory, faults in its code (see `launch.wrong_descriptors`). Exits
 with 1 if a kernel has a fault or needs more shared memory than a block of an H100 or H200 has.
 """
 

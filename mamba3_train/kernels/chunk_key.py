@@ -107,8 +107,9 @@ def chunk_keys_backward_kernel(
         d_v += tl.load(D + head).to(tl.float32) * by_y.to(tl.float32)
         tl.store(d_D + partial, tl.sum(tl.sum(by_y.to(tl.float32) * v.to(tl.float32), axis=1), axis=0))
     if mimo_x is not None:
-        to = d_mimo_x + (partial * RANK + tl.arange(0, RANK))[:, None] * HEAD_DIM + column[None, :]
-        tl.store(to, sum_tokens(d_v * raw.to(tl.float32), CHUNK, RANK, HEAD_DIM))
+        ranks = tl.arange(0, 16)[:, None]
+        to = d_mimo_x + (partial * RANK + ranks) * HEAD_DIM + column[None, :]
+        tl.store(to, sum_tokens(d_v * raw.to(tl.float32), rank, dtype, 16, PRECISION), mask=ranks < RANK)
         d_v *= load_per_rank(mimo_x + head * (RANK * HEAD_DIM), rank, RANK, HEAD_DIM)
     d_v = sum_ranks(d_v, CHUNK, RANK, HEAD_DIM)
     to = d_x + tokens + at[:, None] * (HEADS * HEAD_DIM) + column[None, :]

@@ -118,13 +118,14 @@ def chunk_outputs_kernel(
         rows = ((batch * HEADS_HERE + here) * chunks + chunk) * (ROWS * HEAD_DIM)
         tl.store(d_y + rows + row[:, None] * HEAD_DIM + column[None, :], by_y.to(dtype))
         partial = (batch * chunks + chunk) * HEADS + head
-        rank_at = (partial * RANK + tl.arange(0, RANK))[:, None] * HEAD_DIM + column[None, :]
+        ranks = tl.arange(0, 16)[:, None]
+        rank_at = (partial * RANK + ranks) * HEAD_DIM + column[None, :]
         if z is not None:
             by_z = sum_ranks(by_z, CHUNK, RANK, HEAD_DIM)
             tl.store(d_z + tokens + at, by_z.to(d_z.dtype.element_ty), mask=to < left)
             if mimo_z is not None:
-                tl.store(d_mimo_z + rank_at, sum_tokens(by_mimo_z, CHUNK, RANK, HEAD_DIM))
+                tl.store(d_mimo_z + rank_at, sum_tokens(by_mimo_z, rank, dtype, 16, PRECISION), mask=ranks < RANK)
         if mimo_o is not None:
-            tl.store(d_mimo_o + rank_at, sum_tokens(by_mimo_o, CHUNK, RANK, HEAD_DIM))
+            tl.store(d_mimo_o + rank_at, sum_tokens(by_mimo_o, rank, dtype, 16, PRECISION), mask=ranks < RANK)
         if norm_weight is not None:
             tl.store(d_norm + partial * HEAD_DIM + column, tl.sum(by_norm, axis=0))

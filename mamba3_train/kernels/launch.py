@@ -33,10 +33,10 @@ class Launch(NamedTuple):
         return options if registers is None or interpreted() else options | {"maxnreg": registers}
 
 
-# By the largest d_state · head_dim they serve (the first that fits is taken): rows of a tile, heads of a pass at rank
-# 1, and options of single kernels. (128 · 64, 16 bit) was measured; the others were only run.
+# By the largest d_state · head_dim they serve (the first that fits is taken): rows of a tile, heads of a pass at ranks
+# 1 and 2, and options of single kernels. (128 · 64, 16 bit) was measured; the others were only run.
 HALF = {
-    128 * 64: (64, 32, {"outputs": (4, 168)}),
+    128 * 64: (64, 16, {"outputs": (4, 168)}),
     256 * 128: (32, 8, {}),
 }
 SINGLE = {
@@ -74,7 +74,7 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: in
         raise ValueError(
             f"backend 'triton' takes a chunk_size of a power of two from {least} to {largest}, got {chunk}"
         )
-    return Launch(chunk=chunk or largest, heads=max(1, heads // rank), **options)
+    return Launch(chunk=chunk or largest, heads=max(1, heads // max(1, rank // 2)), **options)
 
 
 def heads_in_pass(heads: int, groups: int, wanted: int) -> int:

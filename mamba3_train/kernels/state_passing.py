@@ -159,16 +159,23 @@ def state_passing_backward_kernel(
             first, second_half = tiles[2 * j + 1]
             after_a = first.to(tl.float32)
             after_b = second_half.to(tl.float32)
-            product = tl.sum(tl.sum(a * after_a + b * after_b, axis=1), axis=0)
-            tl.store(inner + (chunk - j) * INNER_PARTS, product, mask=inside)
-            if PAIRS > 0:
-                to = d_turn + (chunk - j) * (TURN_PARTS * PAIRS) + tl.arange(0, COLUMN_PAIRS)
-                tl.store(to, tl.sum(a * after_b - b * after_a, axis=0), mask=inside & rotated)
+            if PAIRS > 0:  # into the chunk's own frame
                 cos, sin = cosine_sine(fraction[None, :], HARDWARE)
                 first = a * cos - b * sin
                 b = b * cos + a * sin
                 a = first
+                first = after_a * cos - after_b * sin
+                after_b = after_b * cos + after_a * sin
+                after_a = first
             _store(d_at_end, at, second, chunk - j, inside, a, b, SLOT)
+            # With the rounded gradient that the keys see: what they and the state contribute must cancel.
+            a_seen = a.to(d_at_end.dtype.element_ty).to(tl.float32)
+            b_seen = b.to(d_at_end.dtype.element_ty).to(tl.float32)
+            product = tl.sum(tl.sum(a_seen * after_a + b_seen * after_b, axis=1), axis=0)
+            tl.store(inner + (chunk - j) * INNER_PARTS, product, mask=inside)
+            if PAIRS > 0:
+                to = d_turn + (chunk - j) * (TURN_PARTS * PAIRS) + tl.arange(0, COLUMN_PAIRS)
+                tl.store(to, tl.sum(a_seen * after_b - b_seen * after_a, axis=0), mask=inside & rotated)
             first, second_half = tiles[2 * j]
             a = decay * a + first.to(tl.float32)
             b = decay * b + second_half.to(tl.float32)

@@ -240,9 +240,11 @@ def sum_ranks(rows, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def sum_tokens(rows, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
-    """(CHUNK · RANK, WIDTH) -> (RANK, WIDTH)."""
-    return tl.sum(tl.reshape(rows, (CHUNK, RANK, WIDTH)), axis=0)
+def sum_tokens(rows, rank, dtype: tl.constexpr, RANK_BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """Sum each rank's rows of a tile: (rows, P) -> (RANK_BLOCK, P), the ranks padded to the 16 rows of a product."""
+    selected = tl.where(tl.arange(0, RANK_BLOCK)[:, None] == rank[None, :], 1.0, 0.0)
+    # [ranks, rows] @ [rows, P] -> [ranks, P]
+    return tl.dot(selected.to(dtype), rows.to(dtype), input_precision=PRECISION)
 
 
 @triton.jit

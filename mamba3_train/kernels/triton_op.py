@@ -72,6 +72,7 @@ def _(d_out, d_last, *arguments):
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.norm_eps, ctx.chunk, _ = inputs
     ctx.save_for_backward(*tensors, *output[2])
+    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
 
 
 def _backward(ctx, d_out, d_last, _):

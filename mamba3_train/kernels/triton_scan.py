@@ -279,7 +279,6 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     before = compute_states(sizes, inputs, scales, head, last)
     rows = (sizes.batch, sizes.heads_here, sizes.padded * sizes.rank)
     d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
-    d_vectors = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
     constants = sizes.chunk_constants
     gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"])
     place = (sizes.seqlen, sizes.chunks, head)
@@ -297,14 +296,16 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
             HEADS=sizes.heads, HEAD_DIM=sizes.head_dim, CHUNK=sizes.launch.chunk, HEADS_HERE=sizes.heads_here,
             HARDWARE=sizes.hardware, num_warps=4,
         )  # fmt: skip
-    d_local, d_at_end = sizes.state_slots(sizes.chunks), sizes.state_slots(sizes.chunks)
+    d_local, d_queries = sizes.state_slots(sizes.chunks), sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
     run(
         chunk_query.chunk_queries_backward_kernel, sizes.chunk_grid(),
         inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.mimo_x, inputs.document_ids, *scales[:3],
-        scales.phase, before, d_y, d_local, d_vectors, scale_grads["d_phase"], scale_grads["query_inner"], *place,
+        scales.phase, before, d_y, d_local, d_queries, scale_grads["d_phase"], scale_grads["query_inner"], *place,
         **constants, **sizes.launch.options("queries"),
     )  # fmt: skip
-    _sum_heads(sizes, d_vectors, grads["C"], partial["C_bias"], head)
+    _sum_heads(sizes, d_queries, grads["C"], partial["C_bias"], head)
+    del d_queries
+    d_at_end = sizes.state_slots(sizes.chunks)
     d_initial = last if grads["initial"] is None else grads["initial"]
     run(
         state_passing.state_passing_backward_kernel, (sizes.passing_programs, sizes.heads_here, sizes.batch),
@@ -312,14 +313,16 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
         scale_grads["d_chunk_turn"], sizes.chunks, head,
         INNER_PARTS=sizes.inner_parts, UNROLL=state_passing.UNROLL_BACKWARD, **sizes.passing_constants, num_warps=1,
     )  # fmt: skip
+    del before, d_local
+    d_keys = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
     run(
         chunk_key.chunk_keys_backward_kernel, sizes.chunk_grid(),
         inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.D, inputs.mimo_x, inputs.document_ids,
-        *scales[:3], scales.phase, d_at_end, d_y, grads["x"], d_vectors, scale_grads["d_phase"],
+        *scales[:3], scales.phase, d_at_end, d_y, grads["x"], d_keys, scale_grads["d_phase"],
         scale_grads["key_inner"], scale_grads["d_diagonal"], partial["D"], partial["mimo_x"], *place,
         **constants, **sizes.launch.options("keys"),
     )  # fmt: skip
-    _sum_heads(sizes, d_vectors, grads["B"], partial["B_bias"], head)
+    _sum_heads(sizes, d_keys, grads["B"], partial["B_bias"], head)
 
 
 def _sum_heads(sizes: Sizes, per_head: Tensor, total: Tensor, d_bias: Tensor | None, head: int) -> None:

@@ -1,0 +1,135 @@
+"""On a GPU: every gradient against float64, in each dtype; determinism, 262,144 tokens, packed documents."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+pytest.importorskip("triton")
+
+from mamba3_train.checkpoint.official_mamba import mixer_from_official
+from mamba3_train.kernels import ScanState, mamba3_scan
+from tests.scan_inputs import scan_inputs
+
+pytestmark = pytest.mark.gpu
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+WEIGHTS = ("dt", "A", "B_bias", "C_bias", "D", "mimo_x", "mimo_z", "mimo_o", "norm_weight")  # float32 whatever x is
+LIMIT = {torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 1e-4}
+SIZES = {
+    "siso": {"rank": 1},
+    "siso groups": {"rank": 1, "groups": 2, "pairs": 64},
+    "mimo 2": {"rank": 2},
+    "mimo 4": {"rank": 4},
+    "mimo 8": {"rank": 8},
+    "narrow": {"rank": 1, "head_dim": 32, "d_state": 64, "pairs": 16},
+    "wide": {"rank": 1, "head_dim": 128, "d_state": 256, "pairs": 64},
+}
+
+
+def inputs_of(dtype, batch=2, seqlen=333, heads=8, norm=False, **sizes):
+    sizes = {"head_dim": 64, "d_state": 128, "pairs": 32, "groups": 1} | sizes
+    inputs = scan_inputs(batch, seqlen, heads, dtype=torch.float32, norm=norm, **sizes)
+    return {name: t.cuda().to(torch.float32 if name in WEIGHTS else dtype) for name, t in inputs.items()}
+
+
+def run(inputs, backend, widen=False, **options):
+    leaves = {name: (t.double() if widen else t.clone()).requires_grad_() for name, t in inputs.items()}
+    y, state = mamba3_scan(**leaves, backend=backend, return_state=True, **options)
+    torch.manual_seed(1)
+    d_y = torch.randn(y.shape, device="cuda").to(inputs["x"].dtype)
+    ((y * d_y).sum() + (state.ssm * torch.randn(state.ssm.shape, device="cuda")).sum()).backward()
+    return {"y": y, "ssm": state.ssm} | {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
+
+
+def errors(inputs, **options):
+    actual, expected = run(inputs, "triton", **options), run(inputs, "reference", widen=True, **options)
+    return {n: ((actual[n].double() - e).norm() / e.norm()).item() for n, e in expected.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_gradient(dtype, size, packed):
+    options = {}
+    if packed:
+        options["document_ids"] = (torch.rand(2, 333, device="cuda") < 0.02).cumsum(1)
+    found = errors(inputs_of(dtype, norm=packed, **SIZES[size]), **options)
+    too_large = {name: e for name, e in found.items() if not e <= LIMIT[dtype]}
+    assert not too_large
+
+
+def test_states_hand_over():
+    inputs = inputs_of(torch.bfloat16, seqlen=256)
+    whole, state = mamba3_scan(**inputs, backend="triton", return_state=True)
+    cut = {n: t[:, 100:] if t.dim() > 2 and t.shape[1] == 256 else t for n, t in inputs.items()}
+    head = {n: t[:, :100] if t.dim() > 2 and t.shape[1] == 256 else t for n, t in inputs.items()}
+    first, middle = mamba3_scan(**head, backend="triton", return_state=True)
+    second, last = mamba3_scan(**cut, backend="triton", return_state=True, initial_state=ScanState(*middle))
+    joined = torch.cat([first, second], dim=1).double()
+    assert (joined - whole.double()).norm() <= 5e-3 * whole.double().norm()
+    assert (last.ssm - state.ssm).norm() <= 5e-3 * state.ssm.norm()
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_same_bits_twice(rank):
+    inputs = inputs_of(torch.bfloat16, rank=rank, seqlen=2000)
+    first, second = run(inputs, "triton"), run(inputs, "triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_one_row_of_262144_tokens(rank):
+    """The end of a long row is what a row that starts shortly before with the state there gives."""
+    inputs = inputs_of(torch.bfloat16, batch=1, seqlen=2**18, rank=rank, heads=64)
+    with torch.no_grad():
+        whole = mamba3_scan(**inputs, backend="triton")
+        at = 2**18 - 1000
+        parts = [{n: t[:, s] if t.dim() > 2 and t.shape[1] == 2**18 else t for n, t in inputs.items()}
+                 for s in (slice(0, at), slice(at, None))]  # fmt: skip
+        _, state = mamba3_scan(**parts[0], backend="triton", return_state=True)
+        tail = mamba3_scan(**parts[1], backend="triton", initial_state=state)
+    expected = whole[:, at:].double()
+    assert (tail.double() - expected).norm() <= 5e-3 * expected.norm()
+
+
+def test_no_wait_for_the_device():
+    inputs = inputs_of(torch.bfloat16)
+    ids = torch.zeros(2, 333, dtype=torch.int32, device="cuda")
+    run(inputs, "triton", document_ids=ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+        y = mamba3_scan(**leaves, backend="triton", document_ids=ids)
+        y.backward(y.detach())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_longer_rows_compile_nothing_new():
+    from mamba3_train.kernels import chunk_key, chunk_output
+
+    inputs = inputs_of(torch.bfloat16)
+    run(inputs, "triton")
+    kernels = (chunk_output.chunk_outputs_kernel, chunk_key.chunk_keys_backward_kernel)
+    before = [len(kernel.device_caches[0][0]) for kernel in kernels]
+    for batch, seqlen in ((1, 1), (1, 64), (3, 1000)):
+        run(inputs_of(torch.bfloat16, batch=batch, seqlen=seqlen), "triton")
+    assert [len(kernel.device_caches[0][0]) for kernel in kernels] == before
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.glob("mixer_*.safetensors")))
+def test_golden_vectors_of_the_public_model(name):
+    with safe_open(GOLDEN / name, "pt") as file:
+        golden = {key: file.get_tensor(key).float().cuda() for key in file.keys()}  # noqa: SIM118 (no mapping)
+        config = json.loads(file.metadata()["config"])
+    parameters = {key.removeprefix("param."): t for key, t in golden.items() if key.startswith("param.")}
+    with torch.device("cuda"):
+        mixer = mixer_from_official(config, parameters, kernels="triton").cuda()
+    u = golden["u"].requires_grad_()
+    y = mixer(u)
+    y.backward(golden["dy"])
+    for actual, expected in ((y, golden["y"]), (u.grad, golden["du"])):
+        assert (actual - expected).norm() <= 2e-4 * expected.norm()
