@@ -13,7 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-TWO_PROCESSES = ["strategy=ddp", "trainer.devices=2", "data.micro_batch_size=2"]
+TWO_PROCESSES = {
+    "ddp": ["strategy=ddp", "trainer.devices=2", "data.micro_batch_size=1"],
+    "fsdp": ["strategy=fsdp", "trainer.devices=2", "data.micro_batch_size=2"],
+    "hsdp": ["strategy=hsdp", "strategy.replicas=2", "trainer.devices=2", "data.micro_batch_size=1"],
+}
 
 SMALL = [
     "+recipe=quickstart", "data.prepare.automatic=false", "data.validation_sequences=8", "data.sequence_length=64",
@@ -199,27 +203,36 @@ def test_wandb_works_offline_without_an_account(tmp_path, quickstart_corpus):
     assert run.last_step() == 2
 
 
-def test_two_processes_train_as_one_does(tmp_path, quickstart_corpus, uninterrupted):
+@pytest.mark.parametrize("strategy", TWO_PROCESSES)
+def test_two_processes_train_as_one_does(strategy, tmp_path, quickstart_corpus, uninterrupted):
     run = Run(tmp_path / "run", quickstart_corpus)
-    out, _ = run.finish(*TWO_PROCESSES)
+    out, _ = run.finish(*TWO_PROCESSES[strategy])
     assert out.count("step 24/24") == uninterrupted.output.count("step 24/24"), "only rank 0 speaks"
     assert [row.keys() for row in run.rows()] == [row.keys() for row in uninterrupted.rows()]
     for row, expected in zip(run.losses(), uninterrupted.losses(), strict=True):
-        tolerance = 1e-5 if row["step"] == 1 else 1e-3
-        assert row == pytest.approx(expected, rel=tolerance)
+        assert row == pytest.approx(expected, rel=1e-3)
+    # Before the first update only the order of sums differs; that of the norm runs over 262,144 squares in float32,
+    # whose rounding alone was seen to move it by 3e-5.
+    first, expected = run.rows()[0], uninterrupted.rows()[0]
+    assert first["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
+    assert first["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-4)
 
 
-def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(tmp_path, quickstart_corpus, uninterrupted):
+@pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), ("fsdp", "single"), ("single", "hsdp")])
+def test_a_run_goes_on_under_another_strategy(before, after, tmp_path, quickstart_corpus, uninterrupted):
+    """Stopped by a signal to one rank; the checkpoint of any strategy is read by any, on another number of devices."""
     run = Run(tmp_path / "run", quickstart_corpus)
-    out, code = run.stop_at(7, signal.SIGTERM, *TWO_PROCESSES, rank=1)
+    processes = TWO_PROCESSES.get(before, [])
+    out, code = run.stop_at(7, signal.SIGTERM, *processes, rank=1 if processes else None)
     assert code == 128 + signal.SIGTERM
     assert "the same command goes on from there" in out
-    run.finish()
+    out, _ = run.finish(*TWO_PROCESSES.get(after, []))
+    assert "resuming" in out
     for row, expected in zip(run.losses(), uninterrupted.losses(), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_mistake_found_by_two_processes_is_said_once(uninterrupted):
-    _, err = uninterrupted.finish(*TWO_PROCESSES, "model.d_mlp=128", code=2)
+    _, err = uninterrupted.finish(*TWO_PROCESSES["ddp"], "model.d_mlp=128", code=2)
     assert len(err.strip().splitlines()) == 1, err
     assert "model.d_mlp (64 there, 128 now)" in err

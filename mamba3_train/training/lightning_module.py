@@ -1,15 +1,15 @@
 """One optimizer step and one validation step, as Lightning calls them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mamba3_train.model import Mamba3Config, Mamba3LM, initialize
 from mamba3_train.training.loss import count_targets, next_token_loss
+from mamba3_train.training.strategies import FullySharded, assign, gradient_exchange
 
 
 class PretrainingModule(lightning.LightningModule):
@@ -47,13 +47,15 @@ class PretrainingModule(lightning.LightningModule):
         self.model: Mamba3LM | None = None
 
     def configure_model(self) -> None:
-        """Build on meta, materialise, initialise; Lightning calls this more than once."""
+        """Build on meta, shard, materialise, initialise; Lightning calls this more than once."""
         if self.model is not None:
             return
         with torch.device("meta"):
             model = Mamba3LM(self.config, kernels=self.kernels)
-        model.to_empty(device="cpu")
-        initialize(model, self.config, self.seed)
+        if isinstance(self.trainer.strategy, FullySharded):
+            self.trainer.strategy.shard(model)
+        model.to_empty(device=self.trainer.strategy.root_device)
+        initialize(model, self.config, self.seed, assign=assign)
         self.model = model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -70,11 +72,12 @@ class PretrainingModule(lightning.LightningModule):
         loss = torch.zeros_like(targets)
         micro_batches = list(self._micro_batches(batch))
         for number, rows in enumerate(micro_batches, start=1):
-            with self._exchange_gradients(number == len(micro_batches)):
+            with gradient_exchange(self.trainer.strategy, self.model, wanted=number == len(micro_batches)):
                 part = self._loss_sum(rows) / targets
                 self.manual_backward(part)
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer.step()
         optimizer.zero_grad()
         return {"train/loss": self.trainer.strategy.reduce(loss, reduce_op="mean"), "train/grad_norm": norm.detach()}
@@ -97,11 +100,6 @@ class PretrainingModule(lightning.LightningModule):
 
     def _loss_sum(self, rows: dict[str, Tensor]) -> Tensor:
         return next_token_loss(self.model(rows["input_ids"], rows["document_ids"]), rows["labels"])
-
-    def _exchange_gradients(self, wanted: bool):
-        """Let ranks exchange gradients in the backward pass within, or keep them apart."""
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) and not wanted else nullcontext()
 
     def _micro_batches(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         parts = {key: value.split(self.micro_batch_size) for key, value in batch.items()}

@@ -23,13 +23,13 @@ def report(
     rows = read_metrics(folder / "metrics.jsonl")
     if not any("val/loss" in row and row["step"] == trainer.global_step for row in rows):
         trainer.validate(module, datamodule=data, verbose=False)
+    # Every rank samples, the same: a sharded model computes on all of them or not at all.
+    sample = sample_text(config, module, data.tokenizer) if config.sample_prompt else None
     if not trainer.is_global_zero:
         return
     rows = read_metrics(folder / "metrics.jsonl")
     newest = {key: value for row in rows for key, value in row.items()}
-    sample = None
-    if config.sample_prompt:
-        sample = sample_text(config, module, data.tokenizer)
+    if sample is not None:
         console.print(Panel(Text(sample), title=f"the model continues {config.sample_prompt.strip()!r}"))
     plot_loss(rows, folder / "loss.png", title=f"{folder.name}: {cost.total_parameters:,} parameters")
     summary = newest | {"parameters": cost.total_parameters, "sample": sample}
