@@ -32,17 +32,17 @@ from mamba3_train.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+@triton.jit(do_not_specialize=["seqlen", "chunks", "head_start", "heads_here"])
 def chunk_keys_backward_kernel(
     x, B, C, B_bias, C_bias, D, mimo_x, document_ids, log_decay, key_log, diagonal, phase, d_states, d_y,
-    d_x, d_keys, d_phase, inner, d_diagonal, d_D, d_mimo_x, seqlen, chunks, head_start,
+    d_x, d_keys, d_phase, inner, d_diagonal, d_D, d_mimo_x, seqlen, chunks, head_start, heads_here,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
     RANK: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    HEADS_HERE: tl.constexpr, PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
+    PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """d_states: (batch, chunks, HEADS_HERE, P, N), of the state at each chunk's end.
+    """d_states: (batch, chunks, heads_here, P, N), of the state at each chunk's end.
 
-    d_y: (batch, HEADS_HERE, padded length · RANK, P); d_keys: (…, N), by B before rotation, of this head alone.
+    d_y: (batch, heads_here, padded length · RANK, P); d_keys: (…, N), by B before rotation, of this head alone.
     d_phase: the keys' share is added to the queries'. inner, d_diagonal: (batch, HEADS, padded length). d_D: (batch,
     chunks, HEADS) and d_mimo_x: (batch, chunks, HEADS, RANK, P), one partial sum a chunk.
     """
@@ -50,18 +50,18 @@ def chunk_keys_backward_kernel(
     STRIDE: tl.constexpr = GROUPS * D_STATE
     DOCUMENTS: tl.constexpr = document_ids is not None
     dtype: tl.constexpr = x.dtype.element_ty
-    chunk = tl.program_id(0) // HEADS_HERE
-    here = tl.program_id(0) % HEADS_HERE
+    chunk = tl.program_id(0) // heads_here
+    here = tl.program_id(0) % heads_here
     batch = tl.program_id(1).to(tl.int64)
     head = head_start + here
     start = batch * seqlen + chunk * CHUNK
     left = seqlen - chunk * CHUNK
     scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
-    rows = ((batch * HEADS_HERE + here) * chunks + chunk) * ROWS
+    rows = ((batch * heads_here + here) * chunks + chunk) * ROWS
     keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
     tokens = (start * HEADS + head) * HEAD_DIM
     partial = (batch * chunks + chunk) * HEADS + head
-    slot = ((batch * chunks + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
+    slot = ((batch * chunks + chunk) * heads_here + here) * (HEAD_DIM * D_STATE)
     row = tl.arange(0, ROWS)
     token = row // RANK
     rank = row % RANK

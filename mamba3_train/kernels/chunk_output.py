@@ -27,27 +27,28 @@ from mamba3_train.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+@triton.jit(do_not_specialize=["seqlen", "chunks", "head_start", "heads_here"])
 def chunk_outputs_kernel(
     x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, document_ids, log_decay, key_log, diagonal,
-    phase, states, out, kept_y, d_out, d_y, d_z, d_mimo_z, d_mimo_o, d_norm, norm_eps, seqlen, chunks, head_start,
+    phase, states, out, kept_y, d_out, d_y, d_z, d_mimo_z, d_mimo_o, d_norm, norm_eps, seqlen, chunks,
+    head_start, heads_here,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
     RANK: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    HEADS_HERE: tl.constexpr, PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
+    PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk.
+    """states: (batch, chunks + 1, heads_here, P, N), before each chunk.
 
     Forward (d_out None): writes out, like x, and for rank 1, where wanted, y before norm and gate: kept_y, like x.
 
-    Backward (out None): d_y: (batch, HEADS_HERE, padded length · RANK, P); d_z like z; d_mimo_z, d_mimo_o:
+    Backward (out None): d_y: (batch, heads_here, padded length · RANK, P); d_z like z; d_mimo_z, d_mimo_o:
     (batch, chunks, HEADS, RANK, P) and d_norm: (…, HEADS, P), one partial sum a chunk.
     """
     ROWS: tl.constexpr = CHUNK * RANK
     STRIDE: tl.constexpr = GROUPS * D_STATE
     DOCUMENTS: tl.constexpr = document_ids is not None
     dtype: tl.constexpr = x.dtype.element_ty
-    chunk = tl.program_id(0) // HEADS_HERE
-    here = tl.program_id(0) % HEADS_HERE
+    chunk = tl.program_id(0) // heads_here
+    here = tl.program_id(0) % heads_here
     batch = tl.program_id(1).to(tl.int64)
     head = head_start + here
     start = batch * seqlen + chunk * CHUNK
@@ -55,7 +56,7 @@ def chunk_outputs_kernel(
     scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
     keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
     tokens = (start * HEADS + head) * HEAD_DIM
-    slot = ((batch * (chunks + 1) + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
+    slot = ((batch * (chunks + 1) + chunk) * heads_here + here) * (HEAD_DIM * D_STATE)
     row = tl.arange(0, ROWS)
     token = row // RANK
     rank = row % RANK
@@ -115,7 +116,7 @@ def chunk_outputs_kernel(
         by_y, by_z, by_mimo_z, by_mimo_o, by_norm = gate_rows_backward(
             y, by_out, None if z is None else gate, gate_z, gate_o, norm, norm_eps, rank, RANK, HEAD_DIM, HARDWARE
         )
-        rows = ((batch * HEADS_HERE + here) * chunks + chunk) * (ROWS * HEAD_DIM)
+        rows = ((batch * heads_here + here) * chunks + chunk) * (ROWS * HEAD_DIM)
         tl.store(d_y + rows + row[:, None] * HEAD_DIM + column[None, :], by_y.to(dtype))
         partial = (batch * chunks + chunk) * HEADS + head
         ranks = tl.arange(0, 16)[:, None]

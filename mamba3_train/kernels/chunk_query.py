@@ -25,34 +25,34 @@ from mamba3_train.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+@triton.jit(do_not_specialize=["seqlen", "chunks", "head_start", "heads_here"])
 def chunk_queries_backward_kernel(
     x, B, C, B_bias, C_bias, mimo_x, document_ids, log_decay, key_log, diagonal, phase, states, d_y,
-    d_local, d_queries, d_phase, inner, seqlen, chunks, head_start,
+    d_local, d_queries, d_phase, inner, seqlen, chunks, head_start, heads_here,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
     RANK: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    HEADS_HERE: tl.constexpr, PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
+    PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """d_y: (batch, HEADS_HERE, padded length · RANK, P); d_queries: (…, N), by C before rotation, of this head alone.
+    """d_y: (batch, heads_here, padded length · RANK, P); d_queries: (…, N), by C before rotation, of this head alone.
 
-    d_local: (batch, chunks, HEADS_HERE, P, N). d_phase: (batch, HEADS, padded length, PAIRS) and inner: (batch, HEADS,
+    d_local: (batch, chunks, heads_here, P, N). d_phase: (batch, HEADS, padded length, PAIRS) and inner: (batch, HEADS,
     padded length), the queries' share of the gradient by phase and by log decay.
     """
     ROWS: tl.constexpr = CHUNK * RANK
     STRIDE: tl.constexpr = GROUPS * D_STATE
     DOCUMENTS: tl.constexpr = document_ids is not None
     dtype: tl.constexpr = x.dtype.element_ty
-    chunk = tl.program_id(0) // HEADS_HERE
-    here = tl.program_id(0) % HEADS_HERE
+    chunk = tl.program_id(0) // heads_here
+    here = tl.program_id(0) % heads_here
     batch = tl.program_id(1).to(tl.int64)
     head = head_start + here
     start = batch * seqlen + chunk * CHUNK
     left = seqlen - chunk * CHUNK
     scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
-    rows = ((batch * HEADS_HERE + here) * chunks + chunk) * ROWS
+    rows = ((batch * heads_here + here) * chunks + chunk) * ROWS
     keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
-    slot = ((batch * (chunks + 1) + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
-    local = ((batch * chunks + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
+    slot = ((batch * (chunks + 1) + chunk) * heads_here + here) * (HEAD_DIM * D_STATE)
+    local = ((batch * chunks + chunk) * heads_here + here) * (HEAD_DIM * D_STATE)
     row = tl.arange(0, ROWS)
     token = row // RANK
     rank = row % RANK

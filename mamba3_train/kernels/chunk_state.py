@@ -20,18 +20,18 @@ from mamba3_train.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+@triton.jit(do_not_specialize=["seqlen", "chunks", "head_start", "heads_here"])
 def chunk_states_kernel(
-    x, mimo_x, B, B_bias, document_ids, log_decay, key_log, phase, states, seqlen, chunks, head_start,
+    x, mimo_x, B, B_bias, document_ids, log_decay, key_log, phase, states, seqlen, chunks, head_start, heads_here,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
     RANK: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    HEADS_HERE: tl.constexpr, PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
+    PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """states: (batch, chunks, HEADS_HERE, P, N)."""
+    """states: (batch, chunks, heads_here, P, N)."""
     ROWS: tl.constexpr = CHUNK * RANK
     STRIDE: tl.constexpr = GROUPS * D_STATE
-    chunk = tl.program_id(0) // HEADS_HERE
-    here = tl.program_id(0) % HEADS_HERE
+    chunk = tl.program_id(0) // heads_here
+    here = tl.program_id(0) % heads_here
     batch = tl.program_id(1).to(tl.int64)
     head = head_start + here
     start = batch * seqlen + chunk * CHUNK
@@ -62,5 +62,5 @@ def chunk_states_kernel(
     # [P, rows] @ [rows, N] -> [P, N]
     s0, s1, s2 = zero_parts(HEAD_DIM, D_STATE, PAIRS, PAIR_BLOCK, REST_BLOCK)
     s0, s1, s2 = dot_into_state(v, k0, k1, k2, s0, s1, s2, PAIRS, D_STATE, PRECISION)
-    slot = ((batch * chunks + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
+    slot = ((batch * chunks + chunk) * heads_here + here) * (HEAD_DIM * D_STATE)
     store_parts(states + slot, column, column >= 0, s0, s1, s2, D_STATE, PAIRS, PAIR_BLOCK, REST_BLOCK)

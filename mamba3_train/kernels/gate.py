@@ -74,17 +74,17 @@ def gate_rows_backward(y, d_out, z, mimo_z, mimo_o, norm_weight, norm_eps, rank,
     return d_y, d_z, d_mimo_z, d_mimo_o, d_norm
 
 
-@triton.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+@triton.jit(do_not_specialize=["seqlen", "chunks", "head_start", "heads_here"])
 def gate_backward_kernel(
-    y, z, mimo_z, mimo_o, d_out, d_y, d_z, d_mimo_z, d_mimo_o, seqlen, chunks, head_start,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, HEADS_HERE: tl.constexpr, HARDWARE: tl.constexpr,
+    y, z, mimo_z, mimo_o, d_out, d_y, d_z, d_mimo_z, d_mimo_o, seqlen, chunks, head_start, heads_here,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """From the output's gradient to y's, z's and the gate's weights'; rank 1, y (batch, seqlen, HEADS, P).
 
-    d_y: (batch, HEADS_HERE, padded length, P); d_z like z; d_mimo_z, d_mimo_o: (batch, chunks, HEADS, P).
+    d_y: (batch, heads_here, padded length, P); d_z like z; d_mimo_z, d_mimo_o: (batch, chunks, HEADS, P).
     """
-    chunk = tl.program_id(0) // HEADS_HERE
-    here = tl.program_id(0) % HEADS_HERE
+    chunk = tl.program_id(0) // heads_here
+    here = tl.program_id(0) % heads_here
     batch = tl.program_id(1).to(tl.int64)
     head = head_start + here
     token = tl.arange(0, CHUNK)
@@ -101,7 +101,7 @@ def gate_backward_kernel(
     by_y, by_z, by_mimo_z, by_mimo_o, _ = gate_rows_backward(
         kept, by_out, gate, None if mimo_z is None else mimo_z + weights, None if mimo_o is None else mimo_o + weights,
         None, 0.0, token, 1, HEAD_DIM, HARDWARE)  # fmt: skip
-    rows = ((batch * HEADS_HERE + here) * chunks + chunk) * (CHUNK * HEAD_DIM)
+    rows = ((batch * heads_here + here) * chunks + chunk) * (CHUNK * HEAD_DIM)
     tl.store(d_y + rows + token[:, None] * HEAD_DIM + column[None, :], by_y.to(d_y.dtype.element_ty))
     if z is not None:
         to = d_z + tokens + token[:, None] * (HEADS * HEAD_DIM) + column[None, :]

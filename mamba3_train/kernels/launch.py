@@ -14,12 +14,14 @@ import triton
 class Launch(NamedTuple):
     """One regime's configuration.
 
-    chunk: tokens of a chunk, whose chunk · rank rows are one tile; heads: heads of one pass, which bounds the workspace
-    and keeps it near the L2 cache. For each chunk kernel its warps and, where a cap pays, its registers a thread.
+    chunk: tokens of a chunk, whose chunk · rank rows are one tile; heads, forward_heads: heads of one pass of the
+    backward and of the forward, which bound the workspace. For each chunk kernel its warps and, where a cap pays, its
+    registers a thread.
     """
 
     chunk: int
     heads: int = 16
+    forward_heads: int = 64
     states: tuple[int, int | None] = (4, None)
     outputs: tuple[int, int | None] = (4, None)
     outputs_backward: tuple[int, int | None] = (4, None)
@@ -74,7 +76,9 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: in
         raise ValueError(
             f"backend 'triton' takes a chunk_size of a power of two from {least} to {largest}, got {chunk}"
         )
-    return Launch(chunk=chunk or largest, heads=max(1, heads // max(1, rank // 2)), **options)
+    return Launch(
+        chunk=chunk or largest, heads=max(1, heads // max(1, rank // 2)), forward_heads=4 * heads // rank, **options
+    )
 
 
 def heads_in_pass(heads: int, groups: int, wanted: int) -> int:

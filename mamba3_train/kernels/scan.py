@@ -10,6 +10,7 @@ from mamba3_train.kernels.documents import check_document_ids, document_ids_from
 from mamba3_train.kernels.reference import ScanState, scan_chunked, scan_recurrent, state_with_look_ahead
 from mamba3_train.kernels.triton_op import scan
 
+HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("auto", "reference", "recurrent", "triton")
 
 
@@ -127,7 +128,7 @@ def _triton(tensors, options, initial_state, chunk_size, keep):
     x, B, _, dt, _, trap, _, B_bias, _, _, _, mimo_x, *_ = tensors
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"backend 'triton' needs CUDA tensors, x is on {x.device}: use 'reference'")
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         raise ValueError("backend 'triton' needs the package triton, which is not installed: use 'reference'")
     initial = None
     if initial_state is not None:

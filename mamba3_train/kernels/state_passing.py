@@ -29,9 +29,9 @@ def _tile(D_STATE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, COLUMN
 
 
 @triton.jit
-def _load(base, at, second, chunk, inside, SLOT: tl.constexpr):
+def _load(base, at, second, chunk, inside, slot):
     """Both halves of a tile of one chunk's state; zero outside the sequence."""
-    base += chunk * SLOT
+    base += chunk * slot
     return tl.load(base + at, mask=inside, other=0.0), tl.load(base + at + second, mask=inside, other=0.0)
 
 
@@ -48,31 +48,31 @@ def _load_turn(chunk_decay, phase, chunk, inside, rotated, pair, PAIRS: tl.const
 
 
 @triton.jit
-def _store(base, at, second, chunk, inside, a, b, SLOT: tl.constexpr):
-    base += chunk * SLOT
+def _store(base, at, second, chunk, inside, a, b, slot):
+    base += chunk * slot
     tl.store(base + at, a.to(base.dtype.element_ty), mask=inside)
     tl.store(base + at + second, b.to(base.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["chunks", "head_start"])
+@triton.jit(do_not_specialize=["chunks", "head_start", "heads_here"])
 def state_passing_kernel(
-    local, initial, chunk_decay, phase, before, last, chunks, head_start,
-    HEADS: tl.constexpr, HEADS_HERE: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
+    local, initial, chunk_decay, phase, before, last, chunks, head_start, heads_here,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMN_PAIRS: tl.constexpr, UNROLL: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """local: (batch, chunks, HEADS_HERE, P, N); initial, last: (batch, HEADS, P, N) float32, initial None for zero.
+    """local: (batch, chunks, heads_here, P, N); initial, last: (batch, HEADS, P, N) float32, initial None for zero.
 
-    before: (batch, chunks + 1, HEADS_HERE, P, N); its last slot is the state after the sequence.
+    before: (batch, chunks + 1, heads_here, P, N); its last slot is the state after the sequence.
     """
     SIZE: tl.constexpr = HEAD_DIM * D_STATE
-    SLOT: tl.constexpr = HEADS_HERE * SIZE
+    slot = heads_here * SIZE
     here = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     head = batch * HEADS + head_start + here
     at, second, rotated, pair = _tile(D_STATE, PAIRS, ROWS, COLUMN_PAIRS)
-    local += (batch * chunks * HEADS_HERE + here) * SIZE
-    before += (batch * (chunks + 1) * HEADS_HERE + here) * SIZE
+    local += (batch * chunks * heads_here + here) * SIZE
+    before += (batch * (chunks + 1) * heads_here + here) * SIZE
     chunk_decay += head * chunks
     phase += head * chunks * (CHUNK * PAIRS)
 
@@ -87,11 +87,11 @@ def state_passing_kernel(
         turns = ()
         for j in tl.static_range(UNROLL):
             inside = chunk + j < chunks
-            tiles = tiles + (_load(local, at, second, chunk + j, inside, SLOT),)  # noqa: RUF005
+            tiles = tiles + (_load(local, at, second, chunk + j, inside, slot),)  # noqa: RUF005
             turn = _load_turn(chunk_decay, phase, chunk + j, inside, rotated, pair, PAIRS, CHUNK, COLUMN_PAIRS)
             turns = turns + (turn,)  # noqa: RUF005
         for j in tl.static_range(UNROLL):
-            _store(before, at, second, chunk + j, chunk + j < chunks, a, b, SLOT)
+            _store(before, at, second, chunk + j, chunk + j < chunks, a, b, slot)
             decay, fraction = turns[j]
             first, last_half = tiles[j]
             a = decay * a + first.to(tl.float32)
@@ -101,37 +101,37 @@ def state_passing_kernel(
                 first = a * cos + b * sin
                 b = b * cos - a * sin
                 a = first
-    to = before + chunks.to(tl.int64) * SLOT + at
+    to = before + chunks.to(tl.int64) * slot + at
     tl.store(to, a.to(before.dtype.element_ty))
     tl.store(to + second, b.to(before.dtype.element_ty))
     tl.store(last + head * SIZE + at, a)
     tl.store(last + head * SIZE + at + second, b)
 
 
-@triton.jit(do_not_specialize=["chunks", "head_start"])
+@triton.jit(do_not_specialize=["chunks", "head_start", "heads_here"])
 def state_passing_backward_kernel(
-    d_local, d_last, before, chunk_decay, phase, d_at_end, d_initial, inner, d_turn, chunks, head_start,
-    HEADS: tl.constexpr, HEADS_HERE: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
+    d_local, d_last, before, chunk_decay, phase, d_at_end, d_initial, inner, d_turn, chunks, head_start, heads_here,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMN_PAIRS: tl.constexpr, UNROLL: tl.constexpr,
     INNER_PARTS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """d_local: (batch, chunks, HEADS_HERE, P, N), what each chunk's outputs add to the gradient of the state before it.
+    """d_local: (batch, chunks, heads_here, P, N), what each chunk's outputs add to the gradient of the state before it.
 
     d_at_end: the same shape, the gradient of the state at each chunk's end in the chunk's own frame. d_last, d_initial:
     (batch, HEADS, P, N) float32, d_last None for zero. inner: (batch, HEADS, chunks, INNER_PARTS) sums of S · dS at
     each chunk's end; d_turn: (batch, HEADS, chunks, P / ROWS, PAIRS) the gradient by each chunk's whole angle.
     """
     SIZE: tl.constexpr = HEAD_DIM * D_STATE
-    SLOT: tl.constexpr = HEADS_HERE * SIZE
+    slot = heads_here * SIZE
     TURN_PARTS: tl.constexpr = HEAD_DIM // ROWS
     here = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     head = batch * HEADS + head_start + here
     at, second, rotated, pair = _tile(D_STATE, PAIRS, ROWS, COLUMN_PAIRS)
-    d_local += (batch * chunks * HEADS_HERE + here) * SIZE
-    d_at_end += (batch * chunks * HEADS_HERE + here) * SIZE
-    before += (batch * (chunks + 1) * HEADS_HERE + here) * SIZE
-    after = before + SLOT
+    d_local += (batch * chunks * heads_here + here) * SIZE
+    d_at_end += (batch * chunks * heads_here + here) * SIZE
+    before += (batch * (chunks + 1) * heads_here + here) * SIZE
+    after = before + slot
     chunk_decay += head * chunks
     phase += head * chunks * (CHUNK * PAIRS)
     inner += head * chunks * INNER_PARTS + tl.program_id(0)
@@ -149,8 +149,8 @@ def state_passing_backward_kernel(
         turns = ()
         for j in tl.static_range(UNROLL):
             inside = chunk >= j
-            tiles = tiles + (_load(d_local, at, second, chunk - j, inside, SLOT),)  # noqa: RUF005
-            tiles = tiles + (_load(after, at, second, chunk - j, inside, SLOT),)  # noqa: RUF005
+            tiles = tiles + (_load(d_local, at, second, chunk - j, inside, slot),)  # noqa: RUF005
+            tiles = tiles + (_load(after, at, second, chunk - j, inside, slot),)  # noqa: RUF005
             turn = _load_turn(chunk_decay, phase, chunk - j, inside, rotated, pair, PAIRS, CHUNK, COLUMN_PAIRS)
             turns = turns + (turn,)  # noqa: RUF005
         for j in tl.static_range(UNROLL):
@@ -167,7 +167,7 @@ def state_passing_backward_kernel(
                 first = after_a * cos - after_b * sin
                 after_b = after_b * cos + after_a * sin
                 after_a = first
-            _store(d_at_end, at, second, chunk - j, inside, a, b, SLOT)
+            _store(d_at_end, at, second, chunk - j, inside, a, b, slot)
             # With the rounded gradient that the keys see: what they and the state contribute must cancel.
             a_seen = a.to(d_at_end.dtype.element_ty).to(tl.float32)
             b_seen = b.to(d_at_end.dtype.element_ty).to(tl.float32)

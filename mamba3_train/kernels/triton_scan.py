@@ -4,7 +4,7 @@ Heads are taken in passes of `launch.heads`, so the workspace (states, per-head 
 close to the L2 cache. The backward keeps nothing of the forward but its inputs and recomputes states pass by pass.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
 from typing import NamedTuple
@@ -88,6 +88,10 @@ class Sizes:
             launch = choose(rank, head_dim, d_state, dtype, launch)
         return cls(batch, seqlen, heads, groups, head_dim, d_state, pairs, rank, dtype, device, launch)
 
+    def in_forward(self) -> "Sizes":
+        """The same with the forward's passes, which need less memory a head."""
+        return replace(self, launch=self.launch._replace(heads=self.launch.forward_heads))
+
     @cached_property
     def chunks(self) -> int:
         return -(-self.seqlen // self.launch.chunk)
@@ -120,14 +124,14 @@ class Sizes:
             "HEADS": self.heads, "GROUPS": self.groups, "HEAD_DIM": self.head_dim, "D_STATE": self.d_state,
             "PAIRS": self.pairs, "RANK": self.rank, "CHUNK": self.launch.chunk, "PAIR_BLOCK": self.pair_block,
             "REST_BLOCK": max(16, triton.next_power_of_2(self.d_state - 2 * self.pairs)),
-            "HEADS_HERE": self.heads_here, "HARDWARE": self.hardware,
+            "HARDWARE": self.hardware,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
 
     @cached_property
     def passing_constants(self) -> dict:
         return {
-            "HEADS": self.heads, "HEADS_HERE": self.heads_here, "HEAD_DIM": self.head_dim, "D_STATE": self.d_state,
+            "HEADS": self.heads, "HEAD_DIM": self.head_dim, "D_STATE": self.d_state,
             "PAIRS": self.pairs, "CHUNK": self.launch.chunk, "ROWS": state_passing.ROWS,
             "COLUMN_PAIRS": self.column_pairs, "HARDWARE": self.hardware,
         }  # fmt: skip
@@ -169,7 +173,7 @@ def scan_forward(
     inputs: Inputs, norm_eps: float, keep: bool = False, launch: Launch | int = 0
 ) -> tuple[Tensor, Tensor, Kept]:
     """Outputs (batch, seqlen, H, P), the last state (batch, H, P, N) float32, and what `keep` keeps."""
-    sizes = Sizes.of(inputs, launch)
+    sizes = Sizes.of(inputs, launch).in_forward()
     scales = compute_scales(sizes, inputs)
     out = torch.empty_like(inputs.x)
     kept_y = torch.empty_like(inputs.x) if keep and keeps_y(inputs) else None
@@ -179,7 +183,8 @@ def scan_forward(
         run(
             chunk_output.chunk_outputs_kernel, sizes.chunk_grid(),
             *_rows_arguments(inputs), *scales[:3], scales.phase, before, out, kept_y, *[None] * 6, norm_eps,
-            sizes.seqlen, sizes.chunks, head, **sizes.chunk_constants, **sizes.launch.options("outputs"),
+            sizes.seqlen, sizes.chunks, head, sizes.heads_here,
+            **sizes.chunk_constants, **sizes.launch.options("outputs"),
         )  # fmt: skip
     return out, last, Kept(scales, kept_y)
 
@@ -255,7 +260,7 @@ def local_states(sizes: Sizes, inputs: Inputs, scales: Scales, head: int) -> Ten
     run(
         chunk_state.chunk_states_kernel, sizes.chunk_grid(),
         inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.log_decay, scales.key_log,
-        scales.phase, local, sizes.seqlen, sizes.chunks, head,
+        scales.phase, local, sizes.seqlen, sizes.chunks, head, sizes.heads_here,
         **sizes.chunk_constants, **sizes.launch.options("states"),
     )  # fmt: skip
     return local
@@ -266,7 +271,7 @@ def pass_states(sizes: Sizes, inputs: Inputs, scales: Scales, local: Tensor, hea
     before = sizes.state_slots(sizes.chunks + 1)
     run(
         state_passing.state_passing_kernel, (sizes.passing_programs, sizes.heads_here, sizes.batch),
-        local, inputs.initial, scales.chunk_decay, scales.phase, before, last, sizes.chunks, head,
+        local, inputs.initial, scales.chunk_decay, scales.phase, before, last, sizes.chunks, head, sizes.heads_here,
         UNROLL=state_passing.UNROLL, **sizes.passing_constants, num_warps=1,
     )  # fmt: skip
     return before
@@ -281,7 +286,7 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
     constants = sizes.chunk_constants
     gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"])
-    place = (sizes.seqlen, sizes.chunks, head)
+    place = (sizes.seqlen, sizes.chunks, head, sizes.heads_here)
     if kept.y is None:
         run(
             chunk_output.chunk_outputs_kernel, sizes.chunk_grid(),
@@ -293,7 +298,7 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
         run(
             gate.gate_backward_kernel, sizes.chunk_grid(),
             kept.y, inputs.z, inputs.mimo_z, inputs.mimo_o, *gate_grads, *place,
-            HEADS=sizes.heads, HEAD_DIM=sizes.head_dim, CHUNK=sizes.launch.chunk, HEADS_HERE=sizes.heads_here,
+            HEADS=sizes.heads, HEAD_DIM=sizes.head_dim, CHUNK=sizes.launch.chunk,
             HARDWARE=sizes.hardware, num_warps=4,
         )  # fmt: skip
     d_local, d_queries = sizes.state_slots(sizes.chunks), sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
@@ -310,7 +315,7 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     run(
         state_passing.state_passing_backward_kernel, (sizes.passing_programs, sizes.heads_here, sizes.batch),
         d_local, d_last, before, scales.chunk_decay, scales.phase, d_at_end, d_initial, scale_grads["state_inner"],
-        scale_grads["d_chunk_turn"], sizes.chunks, head,
+        scale_grads["d_chunk_turn"], sizes.chunks, head, sizes.heads_here,
         INNER_PARTS=sizes.inner_parts, UNROLL=state_passing.UNROLL_BACKWARD, **sizes.passing_constants, num_warps=1,
     )  # fmt: skip
     del before, d_local
@@ -330,9 +335,9 @@ def _sum_heads(sizes: Sizes, per_head: Tensor, total: Tensor, d_bias: Tensor | N
     blocks = triton.cdiv(sizes.seqlen, head_sum.TOKENS) * triton.cdiv(sizes.d_state, head_sum.COLUMNS)
     run(
         head_sum.head_sum_kernel, (blocks, sizes.rank * groups_here, sizes.batch),
-        per_head, total, d_bias, sizes.seqlen, sizes.padded, head,
+        per_head, total, d_bias, sizes.seqlen, sizes.padded, head, sizes.heads_here,
         HEADS=sizes.heads, GROUPS=sizes.groups, D_STATE=sizes.d_state, RANK=sizes.rank,
-        HEADS_HERE=sizes.heads_here, TOKENS=head_sum.TOKENS, COLUMNS=head_sum.COLUMNS, STEP=head_sum.STEP, num_warps=2,
+        TOKENS=head_sum.TOKENS, COLUMNS=head_sum.COLUMNS, STEP=head_sum.STEP, num_warps=2,
     )  # fmt: skip
 
 
