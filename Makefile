@@ -9,7 +9,7 @@ quickstart: $(INSTALLED)
 	$(VENV)/bin/python -m mamba3_train +recipe=quickstart
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

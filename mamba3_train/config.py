@@ -157,9 +157,9 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], int | None]], 
             register_configs()
             # Hydra would otherwise print a traceback of its own and leave with code 1.
             os.environ["HYDRA_FULL_ERROR"] = "1"
-            # Read when torch loads. OpenMP threads that spin while they wait take the cores from loader workers and
-            # from whatever else runs: a CPU run beside one busy process was 20 times slower.
-            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+            # Read when torch loads. OpenMP threads that spin for long take the cores from loader workers and from
+            # whatever else runs: on two cores beside one busy process, training was ten times slower than with this.
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
             GlobalHydra.instance().clear()
             main = hydra.main(version_base="1.3", config_path=str(shipped_folder("conf")), config_name=config_name)
             try:
