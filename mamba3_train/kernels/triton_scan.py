@@ -272,7 +272,7 @@ def pass_states(sizes: Sizes, inputs: Inputs, scales: Scales, local: Tensor, hea
     run(
         state_passing.state_passing_kernel, (sizes.passing_programs, sizes.heads_here, sizes.batch),
         local, inputs.initial, scales.chunk_decay, scales.phase, before, last, sizes.chunks, head, sizes.heads_here,
-        UNROLL=state_passing.UNROLL, **sizes.passing_constants, num_warps=1,
+        UNROLL=2 if interpreted() else state_passing.UNROLL, **sizes.passing_constants, num_warps=1,
     )  # fmt: skip
     return before
 
@@ -316,7 +316,8 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
         state_passing.state_passing_backward_kernel, (sizes.passing_programs, sizes.heads_here, sizes.batch),
         d_local, d_last, before, scales.chunk_decay, scales.phase, d_at_end, d_initial, scale_grads["state_inner"],
         scale_grads["d_chunk_turn"], sizes.chunks, head, sizes.heads_here,
-        INNER_PARTS=sizes.inner_parts, UNROLL=state_passing.UNROLL_BACKWARD, **sizes.passing_constants, num_warps=1,
+        INNER_PARTS=sizes.inner_parts, UNROLL=2 if interpreted() else state_passing.UNROLL_BACKWARD,
+        **sizes.passing_constants, num_warps=1,
     )  # fmt: skip
     del before, d_local
     d_keys = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
