@@ -81,4 +81,7 @@ def test_a_misspelt_key_deep_in_a_section_is_found():
 def test_check_keys_leaves_keyword_catchers_alone():
     from omegaconf import OmegaConf
 
-    check_keys(OmegaConf.create({"_target_": "builtins.dict", "anything": 1}))
+    catches = OmegaConf.create({"_target_": "builtins.dict", "anything": 1})
+    assert check_keys(catches) is None
+    with pytest.raises(UserError, match="anything"):
+        check_keys(OmegaConf.create({"_target_": "mamba3_train.model.MixerConfig", "anything": 1}))

@@ -80,8 +80,12 @@ def _run_on_each(devices: int) -> int:
 
 def join(on_gpu: bool) -> None:
     """Meet the other processes, if there are any."""
-    if started_by_launcher() and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    if not started_by_launcher() or dist.is_initialized():
+        return
+    if on_gpu:
+        # NCCL talks through the current device, which would be the first one for every rank.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
 
 
 def decided_by_rank_zero(decide: Callable[[], Any]) -> Any:
