@@ -53,6 +53,8 @@ class TrainerSection:
     precision: str = "auto"
     """auto: bf16-mixed where the device computes in bfloat16, else 32-true."""
     gradient_clip_norm: float = 1.0
+    activation_checkpointing: str = "none"
+    """full: every layer keeps its input alone and computes the rest again in the backward pass."""
     log_every_n_steps: int = 10
 
 

@@ -78,6 +78,7 @@ def build_module(config: DictConfig, model_config):
         seed=config.run.seed,
         micro_batch_size=config.data.micro_batch_size,
         gradient_clip_norm=config.trainer.gradient_clip_norm,
+        activation_checkpointing=config.trainer.activation_checkpointing,
     )
 
 

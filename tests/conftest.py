@@ -1,4 +1,4 @@
-"""One thread a process, so that tests neither fight for cores nor depend on how many there are."""
+"""What holds for every test process: one thread, Triton's interpreter where there is no GPU, the same random numbers."""
 
 import os
 
@@ -7,7 +7,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+# So that tests neither fight for cores nor depend on how many there are.
 torch.set_num_threads(1)
+
+# Read when Triton is first imported, by whichever test that is.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items):

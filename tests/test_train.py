@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 TWO_PROCESSES = {
     "ddp": ["strategy=ddp", "trainer.devices=2", "data.micro_batch_size=1"],
-    "fsdp": ["strategy=fsdp", "trainer.devices=2", "data.micro_batch_size=2"],
+    "fsdp": ["strategy=fsdp", "trainer.devices=2", "data.micro_batch_size=2", "trainer.activation_checkpointing=full"],
     "hsdp": ["strategy=hsdp", "strategy.replicas=2", "trainer.devices=2", "data.micro_batch_size=1"],
 }
 

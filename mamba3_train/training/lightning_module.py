@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mamba3_train.model import Mamba3Config, Mamba3LM, initialize
+from mamba3_train.training.activation_checkpointing import check_choice, recompute_activations
 from mamba3_train.training.loss import count_targets, next_token_loss
 from mamba3_train.training.strategies import FullySharded, assign, gradient_exchange
 
@@ -26,6 +27,7 @@ class PretrainingModule(lightning.LightningModule):
         seed: of the initial weights.
         micro_batch_size: rows in one forward pass.
         gradient_clip_norm: largest norm of the whole gradient.
+        activation_checkpointing: `none` or `full`.
     """
 
     def __init__(
@@ -38,20 +40,23 @@ class PretrainingModule(lightning.LightningModule):
         seed: int,
         micro_batch_size: int,
         gradient_clip_norm: float,
+        activation_checkpointing: str = "none",
     ):
         super().__init__()
         self.automatic_optimization = False
         self.config, self.kernels, self.seed = config, kernels, seed
         self.make_optimizer, self.schedule = optimizer, schedule
         self.micro_batch_size, self.gradient_clip_norm = micro_batch_size, gradient_clip_norm
+        self.activation_checkpointing = check_choice(activation_checkpointing)
         self.model: Mamba3LM | None = None
 
     def configure_model(self) -> None:
-        """Build on meta, shard, materialise, initialise; Lightning calls this more than once."""
+        """Build on meta, choose what is kept, shard, materialise, initialise; Lightning calls this more than once."""
         if self.model is not None:
             return
         with torch.device("meta"):
             model = Mamba3LM(self.config, kernels=self.kernels)
+        recompute_activations(model, self.activation_checkpointing)
         if isinstance(self.trainer.strategy, FullySharded):
             self.trainer.strategy.shard(model)
         model.to_empty(device=self.trainer.strategy.root_device)
