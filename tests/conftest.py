@@ -1,4 +1,4 @@
-"""What holds for every test process: one thread, Triton's interpreter where there is no GPU, the same random numbers."""
+"""What holds for every test process: one thread, Triton interpreted where there is no GPU, the same random numbers."""
 
 import os
 
