@@ -124,18 +124,28 @@ def published(checkpoints: Path) -> list[Path]:
 
 
 def newest_whole(checkpoints: Path) -> Path | None:
-    """The newest checkpoint whose files are as they were written; says which damaged ones it passed over."""
-    for folder in reversed(published(checkpoints)):
+    """The newest checkpoint whose files are as they were written; says which damaged ones it passed over.
+
+    Raises:
+        UserError: there are checkpoints and all are damaged: starting afresh would write over what is left of the run.
+    """
+    found = published(checkpoints)
+    for folder in reversed(found):
         reason = complaint(folder)
         if reason is None:
             return folder
         log.warning("checkpoint %s is damaged (%s): trying the one before", folder, reason)
+    if found:
+        raise UserError(f"every checkpoint in {checkpoints} is damaged: restore one, or choose another run.name")
     return None
 
 
-def keep_newest(checkpoints: Path, count: int) -> None:
-    """Delete all but the newest `count` checkpoints."""
-    for folder in published(checkpoints)[:-count]:
+def keep_newest(checkpoints: Path, count: int, saved: Path) -> None:
+    """Delete all but the newest `count` checkpoints up to the one just saved.
+
+    Later ones are damaged, or the run would have gone on from them: they do not count, and are written again in time.
+    """
+    for folder in [path for path in published(checkpoints) if path.name <= saved.name][:-count]:
         # Without its manifest a half-deleted folder is no checkpoint.
         (folder / MANIFEST).unlink()
         shutil.rmtree(folder)

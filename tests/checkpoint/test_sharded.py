@@ -114,8 +114,23 @@ def test_an_unfinished_save_is_never_found_and_does_not_stand_in_the_way(tmp_pat
 def test_old_ones_go(tmp_path):
     for number in (1, 2, 10, 3):
         save(tmp_path, number, steps=1)
-    sharded.keep_newest(tmp_path, 2)
+    sharded.keep_newest(tmp_path, 2, tmp_path / "step-00000010")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
+
+
+def test_damaged_later_ones_do_not_push_out_what_was_just_saved(tmp_path):
+    for number in (1, 2, 8, 9):
+        save(tmp_path, number, steps=1)
+    sharded.keep_newest(tmp_path, 1, tmp_path / "step-00000002")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000008", "step-00000009"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path):
+    assert sharded.newest_whole(tmp_path) is None
+    save(tmp_path, 1, steps=1)
+    next((tmp_path / "step-00000001").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+        sharded.newest_whole(tmp_path)
 
 
 def test_another_model_is_refused(tmp_path):

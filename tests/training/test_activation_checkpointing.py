@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mamba3_train.errors import UserError
 from mamba3_train.model import AttentionConfig, Mamba3Config, Mamba3LM, MixerConfig, initialize
 from mamba3_train.training.activation_checkpointing import recompute_activations
 
@@ -40,5 +41,5 @@ def test_same_bits_less_memory():
 
 
 def test_an_unknown_choice_is_refused():
-    with pytest.raises(Exception, match="activation_checkpointing=half"):
+    with pytest.raises(UserError, match="activation_checkpointing=half"):
         run("half")

@@ -38,6 +38,8 @@ class Checkpointing(Callback):
     ):
         self.folder, self.every_n_steps, self.keep_last = folder, every_n_steps, keep_last
         self.samples_per_step, self.config_yaml, self.resume_from = samples_per_step, config_yaml, resume_from
+        # Not read off the disk: a damaged checkpoint of the same step, passed over at the start, must be written again.
+        self._saved_step: int | None = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Load weights and optimizer, and tell Lightning's loops how many steps are done."""
@@ -45,6 +47,7 @@ class Checkpointing(Callback):
             return
         state = sharded.load(self.resume_from, module.model, module.optimizers().optimizer)
         _count_steps_done(trainer, state["step"])
+        self._saved_step = state["step"]
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
         """Save when the step that is over asks for it."""
@@ -58,16 +61,18 @@ class Checkpointing(Callback):
     def save(self, trainer: Trainer, module: LightningModule) -> None:
         """Save now, unless this step is saved already, and delete what is too old."""
         step = trainer.global_step
+        if step == self._saved_step:
+            return
+        state = {
+            "step": step,
+            "samples": step * self.samples_per_step,
+            "versions": {name: _version(name) for name in _VERSIONED},
+        }
         folder = sharded.step_folder(self.folder, step)
-        if not (folder / sharded.MANIFEST).exists():
-            state = {
-                "step": step,
-                "samples": step * self.samples_per_step,
-                "versions": {name: _version(name) for name in _VERSIONED},
-            }
-            sharded.save(folder, module.model, module.optimizers().optimizer, state, self.config_yaml)
-            if trainer.is_global_zero:
-                sharded.keep_newest(self.folder, self.keep_last)
+        sharded.save(folder, module.model, module.optimizers().optimizer, state, self.config_yaml)
+        self._saved_step = step
+        if trainer.is_global_zero:
+            sharded.keep_newest(self.folder, self.keep_last, folder)
 
 
 def _count_steps_done(trainer: Trainer, step: int) -> None:
