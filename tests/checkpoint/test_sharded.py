@@ -129,7 +129,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path)
     assert sharded.newest_whole(tmp_path) is None
     save(tmp_path, 1, steps=1)
     next((tmp_path / "step-00000001").glob("*.safetensors")).unlink()
-    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         sharded.newest_whole(tmp_path)
 
 
