@@ -126,7 +126,7 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
         val_check_interval=config.validation.every_n_steps or None,
         check_val_every_n_epoch=None,
         log_every_n_steps=every_n_steps,
-        callbacks=[checkpointing, throughput, progress, preemption],
+        callbacks=[throughput, checkpointing, progress, preemption],
         logger=loggers,
         use_distributed_sampler=False,
         enable_checkpointing=False,

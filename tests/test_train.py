@@ -97,8 +97,12 @@ def test_a_run_leaves_what_the_contract_says(uninterrupted):
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 25))
     assert [row["step"] for row in rows if "val/loss" in row] == [8, 16, 24]
     assert set(rows[0]) == {
-        "step", "tokens", "train/loss", "train/grad_norm", "lr", "tokens_per_second", "mfu", "peak_memory_gib",
+        "step", "tokens", "train/loss", "train/grad_norm", "lr", "tokens_per_second", "mfu", "data_wait",
+        "epochs/all", "peak_memory_gib",
     }  # fmt: skip
+    assert all(0 <= row["data_wait"] < 1 for row in rows if "data_wait" in row)
+    epochs = [row["epochs/all"] for row in rows if "epochs/all" in row]
+    assert epochs == pytest.approx([epochs[-1] * step / 24 for step in range(1, 25)], abs=1e-4)
     assert rows[0]["mfu"] is None
     assert rows[0]["tokens"] == 4 * 64
     summary = json.loads((folder / "summary.json").read_text())

@@ -15,6 +15,9 @@ from rich.progress import (
 
 from mamba3_train.training.callbacks.throughput import Throughput
 
+# From this share of the time on, waiting for data is worth a word.
+MUCH_WAITING = 0.1
+
 
 class Progress(Callback):
     """A rich bar on a terminal; where output goes to a file, one line a logged row."""
@@ -74,4 +77,6 @@ def _figures(row: dict[str, float | None]) -> str:
     ):
         if row.get(key) is not None:
             parts.append(form.format(row[key]))
+    if row.get("data_wait", 0) >= MUCH_WAITING:
+        parts.append(f"waits for data {row['data_wait']:.0%} of the time: raise data.num_workers")
     return "  ".join(parts)

@@ -1,10 +1,11 @@
-"""The logged rows: loss, learning rate, speed, utilisation and memory."""
+"""The logged rows: loss, learning rate, speed, utilisation, waiting for data, and memory."""
 
 import time
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mamba3_train.training.device_wait import DeviceWait
 from mamba3_train.training.hardware import peak_flops, peak_memory_gib
 
 
@@ -12,7 +13,9 @@ class Throughput(Callback):
     """Logs a row every few steps and one after each validation.
 
     Speed is that of the steps since the last row: waiting for data and saving count, validation does not. MFU is
-    training FLOPs over the devices' dense bfloat16 peak, null on a device whose peak is not known.
+    training FLOPs over the devices' dense bfloat16 peak, null on a device whose peak is not known. `data_wait` is the
+    share of that time in which the device that waited longest had no batch. Must come before callbacks that do work of
+    their own when a step begins, so that it does not pass for waiting.
 
     Args:
         every_n_steps: steps between rows.
@@ -31,16 +34,29 @@ class Throughput(Callback):
         """Start the clock."""
         name = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "cpu"
         self._peak = peak_flops(name)
-        self._last_time, self._last_step = time.perf_counter(), trainer.global_step
+        self._wait = DeviceWait(module.device)
+        self._last_time, self._last_step = time.perf_counter(), None
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
+        """Note when the batch is there, and at the first step where the run goes on from."""
+        self._wait.step_begins()
+        if self._last_step is None:
+            self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
         """Log a row when its step has come; only then is the device waited for."""
         step = trainer.global_step
-        if step % self.every_n_steps and step != trainer.max_steps:
-            return
+        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+            self._log_step(trainer, module, outputs, step)
+        self._wait.step_ended()
+
+    def _log_step(self, trainer: Trainer, module: LightningModule, outputs, step: int) -> None:
         values = {name: value.item() for name, value in outputs.items()}
         now = time.perf_counter()
-        rate = (step - self._last_step) * self.tokens_per_step / (now - self._last_time)
+        seconds = now - self._last_time
+        rate = (step - self._last_step) * self.tokens_per_step / seconds
+        waited = torch.tensor(self._wait.seconds(), device=module.device)
+        waited = trainer.strategy.reduce(waited, reduce_op="max").item()
         self._last_time, self._last_step = now, step
         mfu = None if self._peak is None else rate * self.flops_per_token / (self._peak * trainer.world_size)
         self._log(
@@ -49,6 +65,8 @@ class Throughput(Callback):
             lr=module.optimizers().param_groups[0]["lr"],
             tokens_per_second=round(rate, 1),
             mfu=mfu,
+            data_wait=round(waited / seconds, 4),
+            **_epochs(trainer, step),
             peak_memory_gib=round(peak_memory_gib(module.device), 3),
         )
 
@@ -60,6 +78,7 @@ class Throughput(Callback):
         """Log the validation loss and let the clock run on."""
         if trainer.state.fn == "fit":
             self._last_time += time.perf_counter() - self._validation_start
+            self._wait.step_ended()
         if "val/loss" in trainer.callback_metrics:
             self._log(trainer, **{"val/loss": trainer.callback_metrics["val/loss"].item()})
 
@@ -69,3 +88,11 @@ class Throughput(Callback):
         self.last_row |= row
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
+
+
+def _epochs(trainer: Trainer, step: int) -> dict[str, float]:
+    """How often each source of the data has been read through, as `epochs/NAME`."""
+    data = trainer.datamodule
+    if data is None:
+        return {}
+    return {f"epochs/{name}": round(value, 4) for name, value in data.epochs(step * data.global_batch_size).items()}
