@@ -32,25 +32,28 @@ def initialize(
 ) -> None:
     """Give every parameter of a model its first value, in place.
 
-        | parameter | value |
-        |---|---|
-        | in_proj, qkv_proj, fc1, lm_head | uniform ± 1 / √fan_in |
-        | out_proj, fc2 | the same divided by √n_layers |
-        | embedding | normal, standard deviation 0.02 |
-        | dt_bias | inverse softplus of log-uniform dt in [dt_min, dt_max] |
-        | B_bias, C_bias, D, norms, mimo_z | 1 |
-        | mimo_x, mimo_o | 1 / rank |
+    | parameter | value |
+    |---|---|
+    | in_proj, qkv_proj, fc1, lm_head | uniform ± 1 / √fan_in |
+    | out_proj, fc2 | the same divided by √n_layers |
+    | embedding | normal, standard deviation 0.02 |
+    | dt_bias | inverse softplus of log-uniform dt in [dt_min, dt_max] |
+    | B_bias, C_bias, D, norms, mimo_z | 1 |
+    | mimo_x, mimo_o | 1 / rank |
 
-        Every parameter draws from a generator of its own, keyed by seed and name, on the CPU: its value depends neither
+    Every parameter draws from a generator of its own, keyed by seed and name, on the CPU: its value depends neither
     on the others nor on the device. `assign` puts a whole value into a parameter that may hold only a part of it.
 
-        Raises:
-            ValueError: a parameter whose name has no rule.
+    Raises:
+        ValueError: a parameter whose name has no rule.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(_name_seed(seed, name))
-            assign(parameter, _first_value(name, parameter.shape, config, generator))
+            # Whatever default device the caller has set: Lightning sets the GPU.
+            with torch.device("cpu"):
+                generator = torch.Generator().manual_seed(_name_seed(seed, name))
+                value = _first_value(name, parameter.shape, config, generator)
+            assign(parameter, value)
 
 
 def _first_value(name: str, shape: torch.Size, config: Mamba3Config, generator: torch.Generator) -> Tensor:

@@ -90,6 +90,16 @@ def test_initialisation_touches_every_parameter(settings):
         assert torch.equal(a, b), name
 
 
+def test_initialisation_does_not_depend_on_the_default_device():
+    config = make_config()
+    model, elsewhere = Mamba3LM(config), Mamba3LM(config)
+    initialize(model, config, seed=1)
+    with torch.device("meta"):  # as Lightning sets the GPU around building a model
+        initialize(elsewhere, config, seed=1)
+    for (name, a), b in zip(model.named_parameters(), elsewhere.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_initial_values():
     config = make_config(
         d_model=256, n_layers=4, layer_pattern="M*", mixer=MixerConfig(d_state=8, head_dim=8, rank=4), d_mlp=64
