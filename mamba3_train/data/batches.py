@@ -1,4 +1,4 @@
-"""What a loader hands out: map-style data sets whose items are whole batches."""
+"""What a loader hands out: map-style data sets whose items are whole batches, packed; see `packing`."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from mamba3_train.data.best_fit import BestFitRows
 from mamba3_train.data.mixture import Mixture
-from mamba3_train.data.packing import IGNORED_LABEL, CutRows, Rows, pack, scatter
+from mamba3_train.data.packing import PADDING, CutRows, Rows, pack, scatter
 from mamba3_train.data.sampler import samples_at
 
 
@@ -80,5 +80,5 @@ class ValidationBatches(Dataset):
         first = (index * self.world_size + self.rank) * self.micro_batch_size
         positions = np.arange(first, first + self.micro_batch_size)
         batch = pack(self.rows.read(np.minimum(positions, self.count - 1)))
-        batch["labels"][torch.from_numpy(positions >= self.count)] = IGNORED_LABEL
+        batch["marks"][torch.from_numpy(positions >= self.count)] |= PADDING
         return batch

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from mamba3_train.data.batches import TrainingBatches, ValidationBatches
 from mamba3_train.data.best_fit import BestFitRows, write_plans
 from mamba3_train.data.mixture import Mixture, read_stages
-from mamba3_train.data.packing import CutRows
+from mamba3_train.data.packing import CutRows, unpack
 from mamba3_train.data.preparation import Preparation
 from mamba3_train.data.sampler import StepSampler
 from mamba3_train.data.token_shards import MANIFEST, Manifest, TokenSplit, read_manifest, verify
@@ -29,9 +29,9 @@ PACKINGS = ("cut", "best_fit")
 class TokenDataModule(lightning.LightningDataModule):
     """Training and validation batches from a prepared folder.
 
-    An item of the training loader holds everything this rank needs for one optimizer step: `input_ids`, `labels`
-    (int64) and `document_ids` (int32), each (global_batch_size / world_size, sequence_length). Items depend only on
-    the corpus, the seed and `samples_consumed`.
+    A batch of training holds everything this rank needs for one optimizer step: `input_ids`, `labels` (int64) and
+    `document_ids` (int32), each (global_batch_size / world_size, sequence_length). Batches depend only on the corpus,
+    the seed and `samples_consumed`. Loaders hand them out packed, and they are unpacked on the device.
 
     Set before the loader is built:
         samples_consumed: the resume cursor, samples consumed by all ranks so far.
@@ -181,6 +181,10 @@ class TokenDataModule(lightning.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+
+    def on_after_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict[str, torch.Tensor]:
+        """Unpack a batch on the device that it has come to."""
+        return unpack(batch)
 
     def epochs(self, samples_consumed: int) -> dict[str, float]:
         """How often each source has been read through, fractions included, after so many samples."""

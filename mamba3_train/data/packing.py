@@ -61,8 +61,27 @@ def scatter(parts: list[tuple[np.ndarray, Rows]], count: int) -> Rows:
     return Rows(tokens, boundary_rows, boundary_columns, filled)
 
 
+# What a mark says of its token: it opens a document (or padding); it is padding, so no target.
+OPENS, PADDING = 1, 2
+
+
 def pack(rows: Rows) -> dict[str, torch.Tensor]:
-    """Build a batch from rows.
+    """Build what a loader hands over, 3 or 5 bytes a token; `unpack` makes of it what a model takes, on its device.
+
+    Returns:
+        tokens: (rows, L + 1) int16 or int32, the bits of the stored unsigned type.
+        marks: (rows, L + 1) uint8, see above.
+    """
+    marks = np.zeros(rows.tokens.shape, dtype=np.uint8)
+    marks[rows.boundary_rows, rows.boundary_columns] = OPENS
+    if rows.filled is not None:
+        marks[np.arange(marks.shape[1]) > rows.filled[:, None]] |= PADDING
+    signed = np.int16 if rows.tokens.dtype.itemsize == 2 else np.int32
+    return {"tokens": torch.from_numpy(rows.tokens.view(signed)), "marks": torch.from_numpy(marks)}
+
+
+def unpack(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Make a model's batch of a packed one, on the device it lies on.
 
     Returns:
         input_ids: (rows, L) int64.
@@ -70,14 +89,11 @@ def pack(rows: Rows) -> dict[str, torch.Tensor]:
         document_ids: (rows, L) int32, 0 at the start of a row and one more at every document that begins in it; the
             model restarts its state wherever the number changes.
     """
-    begins = np.zeros(rows.tokens.shape, dtype=np.int32)
-    begins[rows.boundary_rows, rows.boundary_columns] = 1
-    labels = rows.tokens[:, 1:].astype(np.int64)
-    labels[rows.boundary_rows, rows.boundary_columns - 1] = IGNORED_LABEL
-    if rows.filled is not None:
-        labels[np.arange(labels.shape[1]) >= rows.filled[:, None]] = IGNORED_LABEL
+    tokens, marks = batch["tokens"].long(), batch["marks"]
+    if batch["tokens"].dtype == torch.int16:
+        tokens &= 0xFFFF
     return {
-        "input_ids": torch.from_numpy(rows.tokens[:, :-1].astype(np.int64)),
-        "labels": torch.from_numpy(labels),
-        "document_ids": torch.from_numpy(np.cumsum(begins[:, :-1], axis=1, dtype=np.int32)),
+        "input_ids": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].masked_fill(marks[:, 1:] != 0, IGNORED_LABEL),
+        "document_ids": (marks[:, :-1] & OPENS).cumsum(dim=1, dtype=torch.int32),
     }

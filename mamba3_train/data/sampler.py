@@ -12,11 +12,18 @@ from torch.utils.data import Sampler
 ROUNDS = 6
 
 
+# Arrays, because numpy takes twice as long over its own scalars in the short arrays of a batch.
+_HALF_WORD, _ODD = np.array(32, dtype=np.uint64), np.array(0xD6E8FEB86659FD93, dtype=np.uint64)
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """Scramble 64-bit integers so that every output bit depends on every input bit (xor-shift-multiply, twice)."""
-    x = (x ^ (x >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    x = (x ^ (x >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    return x ^ (x >> np.uint64(32))
+    x = x ^ (x >> _HALF_WORD)
+    x *= _ODD
+    x ^= x >> _HALF_WORD
+    x *= _ODD
+    x ^= x >> _HALF_WORD
+    return x
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
@@ -31,22 +38,25 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int, stream: int = 0
         seed: the run's seed; `epoch`: the pass over the data; `stream`: which of several sets of samples. Each triple
             gives another order.
     """
-    half = np.uint64(max(2, ((size - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    keys = np.random.SeedSequence([seed, epoch, stream]).generate_state(ROUNDS, np.uint64)
+    half_bits = max(2, ((size - 1).bit_length() + 1) // 2)
+    half, mask = np.array(half_bits, dtype=np.uint64), np.array((1 << half_bits) - 1, dtype=np.uint64)
+    keys = np.random.SeedSequence([seed, epoch, stream]).generate_state(ROUNDS, np.uint64)[:, None]
 
     def network(x: np.ndarray) -> np.ndarray:
         left, right = x >> half, x & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            mixed = _mix(right ^ key)
+            mixed &= mask
+            left, right = right, left ^ mixed
         return (left << half) | right
 
-    result = network(np.asarray(index, dtype=np.uint64))
-    outside = result >= size
-    while outside.any():
-        result = np.where(outside, network(result), result)
-        outside = result >= size
-    return result.astype(np.int64)
+    index = np.asarray(index, dtype=np.uint64)
+    result = network(index.ravel())
+    outside = np.flatnonzero(result >= size)
+    while len(outside):
+        result[outside] = network(result[outside])
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64).reshape(index.shape)
 
 
 def samples_at(positions: np.ndarray, size: int, seed: int, stream: int = 0) -> np.ndarray:

@@ -165,32 +165,44 @@ class TokenSplit:
             tokens: (rows, width) in the stored type.
             boundary_rows, boundary_columns: (n,) where a document begins inside a row; columns in [1, width).
         """
-        tokens = np.empty((len(starts), width), dtype=self.dtype)
-        rows, columns = [], []
-        for row, start in enumerate(np.asarray(starts).tolist()):
-            for number, begin, end, column in self._pieces(start, width):
-                stored, offsets = self.shard(number)
-                tokens[row, column : column + end - begin] = stored[begin:end]
-                first, last = np.searchsorted(offsets, (begin, end))
-                found = offsets[first:last] - (begin - column)
-                rows.append(np.full(len(found), row))
-                columns.append(found)
-        if not rows:
-            return tokens, np.empty(0, np.int64), np.empty(0, np.int64)
-        boundary_rows, boundary_columns = np.concatenate(rows), np.concatenate(columns)
+        positions = np.asarray(starts, dtype=np.int64)
+        tokens = np.empty((len(positions), width), dtype=self.dtype)
+        rows, columns = np.arange(len(positions)), np.zeros(len(positions), dtype=np.int64)
+        boundary_rows, boundary_columns = [columns[:0]], [columns[:0]]
+        while len(rows):  # once for all rows, and again for what lies in the shards that follow
+            numbers = np.searchsorted(self.starts, positions, side="right") - 1
+            ends = np.minimum(positions + width - columns, self.starts[numbers + 1])
+            for here in _groups(numbers):
+                number = numbers[here[0]]
+                stored, offsets = self.shard(int(number))
+                begin, end = positions[here] - self.starts[number], ends[here] - self.starts[number]
+                for row, column, first, last in zip(
+                    rows[here].tolist(), columns[here].tolist(), begin.tolist(), end.tolist(), strict=True
+                ):
+                    tokens[row, column : column + last - first] = stored[first:last]
+                first, last = np.searchsorted(offsets, begin), np.searchsorted(offsets, end)
+                owner, found = _ranges(first, last)
+                boundary_rows.append(rows[here][owner])
+                boundary_columns.append(offsets[found] + (columns[here] - begin)[owner])
+            columns = columns + ends - positions
+            more = columns < width
+            rows, columns, positions = rows[more], columns[more], ends[more]
+        boundary_rows, boundary_columns = np.concatenate(boundary_rows), np.concatenate(boundary_columns)
         inside = boundary_columns > 0
         return tokens, boundary_rows[inside], boundary_columns[inside]
 
-    def _pieces(self, start: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (shard, begin, end, column): the parts of shards that make up one row."""
-        number = int(np.searchsorted(self.starts, start, side="right")) - 1
-        column = 0
-        while column < width:
-            begin = start + column - int(self.starts[number])
-            end = min(begin + width - column, self.shards[number].tokens)
-            yield number, begin, end, column
-            column += end - begin
-            number += 1
+
+def _groups(values: np.ndarray) -> list[np.ndarray]:
+    """Places of equal values, group by group."""
+    order = np.argsort(values, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
+
+
+def _ranges(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All integers of the ranges [first, last), one range after another, and which range each is from."""
+    counts = last - first
+    owner = np.repeat(np.arange(len(first)), counts)
+    return owner, np.arange(len(owner)) + (first - np.cumsum(counts) + counts)[owner]
 
 
 def check_sizes(folder: Path, shards: tuple[Shard, ...], dtype: np.dtype) -> None:

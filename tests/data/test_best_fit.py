@@ -7,7 +7,7 @@ import pytest
 
 from mamba3_train.data import TokenDataModule
 from mamba3_train.data.best_fit import BestFitRows, plan_shard, write_plans
-from mamba3_train.data.packing import IGNORED_LABEL, pack
+from mamba3_train.data.packing import IGNORED_LABEL, pack, unpack
 from mamba3_train.data.token_shards import TokenSplit, read_manifest
 from mamba3_train.errors import UserError
 
@@ -43,7 +43,7 @@ def test_batches_hold_every_target_of_every_document(packed):
     manifest = read_manifest(packed)
     split = TokenSplit(packed, manifest, "train")
     rows = BestFitRows(split, 128, padding=manifest.end_of_document_id)
-    batch = {key: value.numpy() for key, value in pack(rows.read(np.arange(rows.count))).items()}
+    batch = {key: value.numpy() for key, value in unpack(pack(rows.read(np.arange(rows.count)))).items()}
     assert (np.diff(batch["document_ids"], axis=1) >= 0).all()
     assert (batch["document_ids"][:, 0] == 0).all()
     found = np.stack([batch["input_ids"], batch["labels"]], axis=-1)[batch["labels"] != IGNORED_LABEL]
@@ -62,7 +62,7 @@ def test_a_document_is_seen_alone(packed):
     split = TokenSplit(packed, manifest, "train")
     rows = BestFitRows(split, 128, padding=manifest.end_of_document_id)
     stored = b"".join(split.shard(number)[0].astype("<i8").tobytes() for number in range(len(split.shards)))
-    batch = pack(rows.read(np.arange(rows.count)))
+    batch = unpack(pack(rows.read(np.arange(rows.count))))
     several = 0
     for inputs, documents in zip(batch["input_ids"].numpy(), batch["document_ids"].numpy(), strict=True):
         pieces = np.split(inputs, np.flatnonzero(np.diff(documents)) + 1)
@@ -86,7 +86,7 @@ def test_the_data_module_plans_once_and_shuffles(packed):
         data.prepare_data()
         data.setup()
         data.total_steps = 1
-        return next(iter(data.train_dataloader()))["input_ids"], len(list(data.val_dataloader()))
+        return next(iter(data.train_dataloader()))["tokens"], len(list(data.val_dataloader()))
 
     inputs, validation = first_batch()
     plans = {path: path.stat().st_mtime_ns for path in (packed / "best_fit-64").iterdir()}

@@ -5,12 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hydra.utils import instantiate
 
 from mamba3_train.config import compose
 from mamba3_train.data import Preparation, TokenDataModule
-from mamba3_train.data.packing import IGNORED_LABEL, pack
+from mamba3_train.data.packing import IGNORED_LABEL, pack, unpack
 from mamba3_train.errors import UserError
 
 
@@ -24,40 +23,39 @@ def module(corpus, rank=0, world_size=1, samples_consumed=0, total_steps=6, **se
     return data
 
 
-def digests(loaders) -> list[str]:
-    """Hash of each global batch: the parts of all ranks, in order."""
-    found = []
-    for parts in zip(*loaders, strict=True):
-        digest = hashlib.sha256()
-        for key in ("input_ids", "labels", "document_ids"):
-            digest.update(torch.cat([part[key] for part in parts]).numpy().tobytes())
-        found.append(digest.hexdigest())
-    return found
-
-
 def global_batches(corpus, world_size, **settings) -> list[str]:
-    return digests([module(corpus, rank, world_size, **settings).train_dataloader() for rank in range(world_size)])
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_global_batches_do_not_depend_on_ranks(corpus, world_size, micro_batch_size):
-    expected = global_batches(corpus, 1)
-    assert len(set(expected)) == 6
-    assert global_batches(corpus, world_size, micro_batch_size=micro_batch_size) == expected
+    """Hash of each global batch, as the model gets it: the parts of all ranks, in order."""
+    parts = [
+        [unpack(part) for part in module(corpus, rank, world_size, **settings).train_dataloader()]
+        for rank in range(world_size)
+    ]
+    return [
+        hashlib.sha256(
+            b"".join(part[key].numpy().tobytes() for key in ("input_ids", "labels", "document_ids") for part in step)
+        ).hexdigest()
+        for step in zip(*parts, strict=True)
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("num_workers", [2, 4])
-def test_global_batches_do_not_depend_on_workers(corpus, num_workers):
-    assert global_batches(corpus, 2, num_workers=num_workers) == global_batches(corpus, 1)
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize(("num_workers", "micro_batch_size"), [(0, 1), (0, 2), (2, 1), (4, 2)])
+def test_global_batches_are_the_same_for_all_ranks_and_workers(corpus, world_size, num_workers, micro_batch_size):
+    expected = global_batches(corpus, 1)
+    assert len(set(expected)) == 6
+    settings = {"num_workers": num_workers, "micro_batch_size": micro_batch_size}
+    assert global_batches(corpus, world_size, **settings) == expected
+    elsewhere = {1: 8, 2: 4, 4: 1, 8: 2}[world_size]
+    assert global_batches(corpus, elsewhere, samples_consumed=2 * 16, total_steps=4) == expected[2:4]
 
 
-def test_stopped_and_resumed_twice_on_other_ranks(corpus):
+@pytest.mark.parametrize("steps", [(1, 2), (4, 7), (5, 6)])
+def test_stopped_and_resumed_twice_on_other_ranks(corpus, steps):
     expected = global_batches(corpus, 1, total_steps=9)
-    first = global_batches(corpus, 8, total_steps=9)[:4]
-    second = global_batches(corpus, 2, total_steps=9, samples_consumed=4 * 16)[:3]
-    third = global_batches(corpus, 4, total_steps=9, samples_consumed=7 * 16)
+    begin, end = steps
+    first = global_batches(corpus, 8, total_steps=9)[:begin]
+    second = global_batches(corpus, 2, total_steps=9, samples_consumed=begin * 16, num_workers=1)[: end - begin]
+    third = global_batches(corpus, 4, total_steps=9, samples_consumed=end * 16)
     assert first + second + third == expected
 
 
@@ -82,9 +80,9 @@ def test_other_seed_other_order(corpus):
 def test_validation_targets_do_not_depend_on_ranks(corpus, world_size):
     loaders = [module(corpus, rank, world_size, validation_sequences=13).val_dataloader() for rank in range(world_size)]
     assert len({len(loader) for loader in loaders}) == 1
-    rows = [row for parts in zip(*loaders, strict=True) for part in parts for row in part["labels"]]
+    rows = [row for parts in zip(*loaders, strict=True) for part in parts for row in unpack(part)["labels"]]
     real = [row.tolist() for row in rows if (row != IGNORED_LABEL).any()]
-    assert real == pack(module(corpus).validation.read(np.arange(13)))["labels"].tolist()
+    assert real == unpack(pack(module(corpus).validation.read(np.arange(13))))["labels"].tolist()
 
 
 def test_tokens_per_step_and_vocabulary(corpus):
@@ -146,8 +144,7 @@ def test_mixture_changes_at_a_token_count(two_sources):
     """Three quarters upper case until token 1,536 (row 48), then lower case only; no rank or stop changes that."""
     mixture = [{"weights": {"upper": 3, "lower": 1}}, {"from_tokens": 1536, "weights": {"lower": 1}}]
     data = module(two_sources, mixture=mixture)
-    rows = torch.cat([batch["input_ids"] for batch in data.train_dataloader()])
-    texts = [data.tokenizer.decode(row) for row in rows]
+    texts = [data.tokenizer.decode(row) for b in data.train_dataloader() for row in unpack(b)["input_ids"]]
     upper = [text == text.upper() for text in texts]
     assert [sum(upper[i : i + 16]) for i in range(0, 96, 16)] == [12, 12, 12, 0, 0, 0]
     expected = global_batches(two_sources, 1, mixture=mixture)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mamba3_train.data.packing import IGNORED_LABEL, CutRows, pack
+from mamba3_train.data.packing import IGNORED_LABEL, CutRows, Rows, pack, unpack
 from mamba3_train.data.token_shards import TokenSplit, read_manifest
 
 
@@ -25,7 +25,7 @@ def test_rows_are_the_concatenated_documents(corpus, length):
     data = CutRows(TokenSplit(corpus, read_manifest(corpus), "train"), length)
     tokens, owners = documents_of(corpus, "train")
     assert data.count == (len(tokens) - 1) // length
-    batch = pack(data.read(np.arange(data.count)))
+    batch = unpack(pack(data.read(np.arange(data.count))))
     here = np.arange(data.count)[:, None] * length + np.arange(length)
     same = owners[here] == owners[here + 1]
     assert np.array_equal(batch["input_ids"], tokens[here])
@@ -40,3 +40,13 @@ def test_quoted_end_of_document_does_not_end_a_document(corpus):
         tokens, owners = documents_of(corpus, split)
         ends = np.flatnonzero(np.append(np.diff(owners), 1))
         assert np.array_equal(np.flatnonzero(tokens == manifest.end_of_document_id), ends)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_large_ids_survive_the_signed_way(dtype):
+    tokens = np.array([[0, 1, 32_767, 32_768, 65_535]], dtype=dtype)
+    rows = Rows(tokens, np.array([0, 0]), np.array([2, 4]), filled=np.array([3]))
+    batch = {key: value.tolist() for key, value in unpack(pack(rows)).items()}
+    assert batch["input_ids"] == [[0, 1, 32_767, 32_768]]
+    assert batch["labels"] == [[1, IGNORED_LABEL, 32_768, IGNORED_LABEL]]
+    assert batch["document_ids"] == [[0, 0, 1, 1]]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mamba3_train.data import TokenDataModule
+from mamba3_train.data.packing import unpack
 
 
 class Recorder(lightning.LightningModule):
@@ -61,7 +62,7 @@ def test_ranks_continue_their_own_part_twice(corpus, tmp_path, monkeypatch):
         assert len(list(tmp_path.glob("step-*.npy"))) == 2 * end
     alone = data_module(corpus)
     alone.setup()
-    expected = [batch["input_ids"].numpy() for batch in alone.train_dataloader()]
+    expected = [unpack(batch)["input_ids"].numpy() for batch in alone.train_dataloader()]
     assert len(expected) == 6
     for step, rows in enumerate(expected):
         parts = [np.load(tmp_path / f"step-{step}-rank-{rank}.npy") for rank in range(2)]
