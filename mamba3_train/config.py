@@ -64,6 +64,10 @@ class CheckpointSection:
 
     every_n_steps: int = 1000
     keep_last: int = 3
+    keep_every_n_steps: int = 0
+    """Checkpoints of multiples of this stay for good; 0 is none."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written."""
 
 
 @dataclass

@@ -7,17 +7,17 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from mamba3_train.config import command
+from mamba3_train.errors import UserError
 
 
 @command("train")
 def cli(config: DictConfig) -> int:
     """Train what the config describes; returns the exit code."""
     # Heavy imports wait until there is something to do: --help and mistakes in the config answer at once.
-    import lightning
     from hydra.utils import instantiate
     from rich.console import Console
 
-    from mamba3_train.checkpoint import sharded
+    from mamba3_train.checkpoint import folders
     from mamba3_train.checkpoint.resume import open_run_folder
     from mamba3_train.model.cost import model_cost
     from mamba3_train.training import processes
@@ -34,6 +34,7 @@ def cli(config: DictConfig) -> int:
     module = build_module(config, model_config)
     strategy = build_strategy(config)
     precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
+    checkpointing = build_checkpointing(config, data)
     data.check_batch_size(config.trainer.devices * config.trainer.num_nodes)
 
     processes.start_processes(config.trainer.devices, config.trainer.num_nodes)
@@ -41,26 +42,32 @@ def cli(config: DictConfig) -> int:
     processes.decided_by_rank_zero(data.prepare_data)
     data.setup()
     checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config))
-    step = sharded.read_state(checkpoint)["step"] if checkpoint else 0
+    step = folders.read_state(checkpoint)["step"] if checkpoint else 0
     if step >= max_steps:
         console.print(f"{folder} is complete at step {step}: see {folder}/summary.json, or raise trainer.max_steps")
         return 0
     console.print(f"resuming {folder} at step {step}" if checkpoint else f"starting {folder}")
     data.samples_consumed, data.total_steps = step * data.global_batch_size, max_steps
+    checkpointing.resume_from = checkpoint
     cost = model_cost(model_config, data.sequence_length)
     console.print(
         f"{cost.total_parameters:,} parameters, {cost.training_flops_per_token / 1e6:,.1f} MFLOP a token, "
         f"{data.tokens_per_step:,} tokens a step"
     )
 
-    lightning.seed_everything(config.run.seed, verbose=False)
-    trainer = build_trainer(config, strategy, precision, data, cost, checkpoint, step, console)
+    trainer = build_trainer(config, strategy, precision, data, cost, checkpointing, step, console)
     try:
         trainer.fit(module, datamodule=data)
     except Preempted as stop:
         console.print(f"{stop}; the same command goes on from there")
         return stop.exit_code
-    report(config.report, folder, trainer, module, data, cost, console)
+    problems = [checkpointing.failure] if checkpointing.failure else []
+    try:
+        report(config.report, folder, trainer, module, data, cost, console)
+    except OSError as error:
+        problems.append(f"the report could not be written: {error}")
+    if problems:
+        raise UserError("; ".join(problems) + ". Mend the storage and give the same command again")
     return 0
 
 
@@ -90,7 +97,22 @@ def build_strategy(config: DictConfig):
     return instantiate(config.strategy, **devices)
 
 
-def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoint: Path | None, step: int, console):
+def build_checkpointing(config: DictConfig, data):
+    """The callback that saves, and goes on from its `resume_from` if that is set."""
+    from mamba3_train.training.callbacks import Checkpointing
+
+    return Checkpointing(
+        Path(config.run.dir) / "checkpoints",
+        every_n_steps=config.checkpoint.every_n_steps,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_n_steps=config.checkpoint.keep_every_n_steps,
+        asynchronous=config.checkpoint.asynchronous,
+        samples_per_step=data.global_batch_size,
+        config_yaml=OmegaConf.to_yaml(config, resolve=True),
+    )
+
+
+def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpointing, step: int, console):
     """Lightning's Trainer with our callbacks and loggers; it does the loop and nothing of saving or showing."""
     import lightning
     from hydra.utils import instantiate
@@ -103,14 +125,6 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
         every_n_steps=every_n_steps,
         tokens_per_step=data.tokens_per_step,
         flops_per_token=cost.training_flops_per_token,
-    )
-    checkpointing = callbacks.Checkpointing(
-        folder / "checkpoints",
-        every_n_steps=config.checkpoint.every_n_steps,
-        keep_last=config.checkpoint.keep_last,
-        samples_per_step=data.global_batch_size,
-        config_yaml=OmegaConf.to_yaml(config, resolve=True),
-        resume_from=checkpoint,
     )
     progress, preemption = callbacks.Progress(throughput, console), callbacks.Preemption(checkpointing)
     loggers = [MetricsFile(folder / "metrics.jsonl", from_step=step)]

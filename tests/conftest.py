@@ -1,6 +1,7 @@
 """What holds for every test process: one thread, Triton interpreted where there is no GPU, the same random numbers."""
 
 import os
+import socket
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -39,3 +40,11 @@ def quickstart_corpus(tmp_path_factory):
     config = compose("+recipe=quickstart", f"data.path={folder}", "data.prepare.source.max_bytes=1000000")
     instantiate(config.data).prepare_data()
     return folder
+
+
+@pytest.fixture
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from mamba3_train.checkpoint import sharded
+from mamba3_train.checkpoint import folders
 from mamba3_train.errors import UserError
 
 # What makes a run the run it is. The rest (steps, schedule, strategy, logging, …) may change between its parts.
@@ -24,14 +24,15 @@ def open_run_folder(config: DictConfig) -> Path | None:
         UserError: the folder belongs to a run of another config, or is in use and resume=never.
     """
     folder = Path(config.run.dir)
-    saved = folder / sharded.CONFIG
+    saved = folder / folders.CONFIG
     if folder.is_dir() and any(folder.iterdir()):
         if config.resume.name == "never":
             raise UserError(f"resume=never needs an empty folder, but {folder} is in use: choose another run.name")
         if not saved.exists():
             raise UserError(f"{folder} is not empty and holds no run: choose another run.name or run.dir")
         _refuse_another_run(folder, OmegaConf.load(saved), config)
-    checkpoint = sharded.newest_whole(folder / "checkpoints")
+    checkpoint = folders.newest_whole(folder / "checkpoints")
+    folders.remove_leftovers(folder / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     partial = saved.with_name(f".{saved.name}.partial")
     partial.write_text(OmegaConf.to_yaml(config, resolve=True))

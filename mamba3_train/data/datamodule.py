@@ -180,6 +180,8 @@ class TokenDataModule(lightning.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            # Its own: a loader seeds its workers, and must not move the generator that training draws from.
+            generator=torch.Generator(),
         )
 
     def on_after_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict[str, torch.Tensor]:

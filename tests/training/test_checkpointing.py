@@ -1,37 +1,174 @@
-"""When the callback saves, and what it may not take for saved."""
+"""When the callback saves, what it does when storage fails, and that a run goes on exactly where it was."""
 
+import errno
+import random
 from types import SimpleNamespace
 
+import lightning
+import numpy as np
+import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from mamba3_train.checkpoint import sharded
+from mamba3_train.checkpoint import folders, saver
+from mamba3_train.data.sampler import StepSampler
+from mamba3_train.errors import UserError
 from mamba3_train.training.callbacks import Checkpointing
 
 
-def save_at(folder, step, callback=None):
-    model = torch.nn.Linear(2, 2)
-    optimizer = SimpleNamespace(optimizer=torch.optim.AdamW(model.parameters()))
-    module = SimpleNamespace(model=model, optimizers=lambda: optimizer)
-    callback = callback or Checkpointing(
-        folder, every_n_steps=2, keep_last=3, samples_per_step=4, config_yaml="run: {}\n", resume_from=None
-    )
-    callback.save(SimpleNamespace(global_step=step, is_global_zero=True), module)
+class Dropping(lightning.LightningModule):
+    """A model whose every step draws from every generator of the process."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.seed = 3
+        torch.manual_seed(11)
+        self.model = torch.nn.Linear(4, 4)
+        self.losses = {}
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+
+    def training_step(self, batch, index):
+        noise = random.gauss(0, 1) + np.random.normal()
+        loss = (torch.nn.functional.dropout(self.model(batch), 0.5) - noise).square().mean()
+        optimizer = self.optimizers()
+        self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.losses[self.trainer.global_step] = loss.item()
+
+
+class Rows(Dataset):
+    def __getitem__(self, positions):
+        return torch.full((2, 4), float(positions.start))
+
+
+def checkpointing(folder, **settings):
+    settings = {"every_n_steps": 4, "keep_last": 9, "keep_every_n_steps": 0, "asynchronous": True} | settings
+    callback = Checkpointing(folder, samples_per_step=1, config_yaml="run: {}\n", **settings)
+    callback.SECONDS_BETWEEN = 0.0
     return callback
 
 
+def train(folder, steps, callback=None):
+    """Train up to a step, from the newest checkpoint of the folder; returns module and callback."""
+    module, callback = Dropping(), callback or checkpointing(folder)
+    callback.resume_from = folders.newest_whole(folder)
+    done = folders.read_state(callback.resume_from)["step"] if callback.resume_from else 0
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=steps, callbacks=[callback], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    rows = StepSampler(
+        samples_consumed=done, steps=steps - done, length=steps, global_batch_size=1, rank=0, world_size=1
+    )
+    trainer.fit(module, DataLoader(Rows(), sampler=rows, batch_size=None))
+    assert trainer.global_step == steps
+    return module, callback
+
+
+def steps(folder):
+    return [int(path.name[-8:]) for path in folders.published(folder)]
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes the next n attempts to write fail as a full disk does."""
+
+    def fail(times):
+        left = [times]
+
+        def write(path, pieces):
+            if left[0]:
+                left[0] -= 1
+                path.write_bytes(b"half a shard")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return saved(path, pieces)
+
+        monkeypatch.setattr(saver, "write_shard", write)
+
+    saved = saver.write_shard
+    return fail
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_resumes_draw_the_same_random_numbers_as_none(tmp_path):
+    whole, _ = train(tmp_path / "whole", 12)
+    losses = {}
+    for stop in (3, 8, 12):
+        part, _ = train(tmp_path / "parts", stop)
+        losses |= part.losses
+    assert losses == whole.losses
+    assert len(losses) == 12
+    assert torch.equal(part.model.weight, whole.model.weight)
+
+
+def test_on_another_number_of_processes_random_numbers_start_anew_and_it_says_so(tmp_path, caplog):
+    caplog.set_level("INFO", logger="mamba3_train")
+    callback = checkpointing(tmp_path)
+    state, module = {"step": 4, "world_size": 2}, SimpleNamespace(seed=3)
+    draws = []
+    for rank in (0, 1, 0):
+        callback._load_random_state(state, SimpleNamespace(world_size=1, global_rank=rank), module)
+        draws.append(torch.rand(1).item())
+    assert draws[0] == draws[2] != draws[1]
+    assert "random numbers start anew: 2 processes saved, 1 go on" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_it_saves_every_few_steps_and_at_the_end(asynchronous, tmp_path):
+    train(tmp_path, 10, checkpointing(tmp_path, asynchronous=asynchronous))
+    assert steps(tmp_path) == [4, 8, 10]
+    assert folders.read_state(tmp_path / "step-00000008") == {"step": 8, "samples": 8, "world_size": 1}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_damaged_checkpoint_of_the_same_step_is_written_again(tmp_path):
-    save_at(tmp_path, 4)
-    save_at(tmp_path, 6)
-    (weights,) = (tmp_path / "step-00000006").glob("*.safetensors")
-    weights.write_bytes(b"damaged")
-    assert sharded.newest_whole(tmp_path).name == "step-00000004"
-    save_at(tmp_path, 6)
-    assert sharded.newest_whole(tmp_path).name == "step-00000006"
-    assert sharded.read_state(tmp_path / "step-00000006")["samples"] == 24
+    train(tmp_path, 8)
+    (tmp_path / "step-00000008" / "config.yaml").write_text("damaged")
+    train(tmp_path, 8)
+    assert folders.newest_whole(tmp_path).name == "step-00000008"
 
 
-def test_a_step_is_saved_once(tmp_path):
-    callback = save_at(tmp_path, 6)
-    before = (tmp_path / "step-00000006" / "manifest.json").stat().st_mtime_ns
-    save_at(tmp_path, 6, callback)
-    assert (tmp_path / "step-00000006" / "manifest.json").stat().st_mtime_ns == before
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("failures", "saved"), [(1, [17, 32, 40]), (2, [19, 32, 40]), (3, [23, 32, 40])])
+def test_storage_that_fails_is_tried_again_ever_later(failures, saved, failing, tmp_path, caplog):
+    failing(failures)
+    _, callback = train(tmp_path, 40, checkpointing(tmp_path, every_n_steps=16, asynchronous=False))
+    assert steps(tmp_path) == saved
+    assert callback.failure is None
+    assert (
+        caplog.text.count("step 16 is not saved: rank 0: No space left on device; the newest checkpoint is none") == 1
+    )
+    assert caplog.text.count("training goes on") == failures
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_failure_beside_training_is_noticed_and_made_good(failing, tmp_path, caplog):
+    failing(1)
+    train(tmp_path, 24)
+    assert caplog.text.count("training goes on") == 1
+    assert set(steps(tmp_path)) > {8, 12, 16, 20, 24}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_last_step_is_tried_again_and_its_failure_is_kept(failing, tmp_path):
+    failing(2)
+    _, callback = train(tmp_path / "mended", 3)
+    assert callback.failure is None
+    assert steps(tmp_path / "mended") == [3]
+    failing(3)
+    _, callback = train(tmp_path / "broken", 3)
+    assert "step 3 is not saved: rank 0: No space left on device" in callback.failure
+    assert steps(tmp_path / "broken") == []
+
+
+@pytest.mark.parametrize("setting", [{"every_n_steps": 0}, {"keep_last": 0}, {"keep_every_n_steps": -1}])
+def test_settings_that_would_lose_checkpoints_are_refused(setting, tmp_path):
+    (key,) = setting
+    with pytest.raises(UserError, match=f"checkpoint.{key}={setting[key]} must be at least"):
+        checkpointing(tmp_path, **setting)

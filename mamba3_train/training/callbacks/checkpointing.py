@@ -4,27 +4,47 @@ A step is saved when the next one starts: then its validation is over and its ro
 holds the whole of the step.
 """
 
-import importlib.metadata
+import json
+import logging
+import time
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
-from mamba3_train.checkpoint import sharded
+from mamba3_train.checkpoint import folders, sharded
+from mamba3_train.checkpoint.random_state import random_tensors, seed_generators, set_random_tensors
+from mamba3_train.checkpoint.saver import SaveFailed, Saver
+from mamba3_train.checkpoint.training_state import restore, training_tensors
+from mamba3_train.errors import UserError
+from mamba3_train.training.processes import SharedFlag
 
-_VERSIONED = ("torch", "triton", "lightning", "mamba3-train")
+log = logging.getLogger(__name__)
 
 
 class Checkpointing(Callback):
     """Saves every few steps and at the end; at the start loads what the run goes on from.
 
+    When storage fails, training goes on: the save is tried again after a sixteenth of the interval, then after twice
+    as long each time, at most after a whole one.
+
     Args:
         folder: where checkpoints lie.
         every_n_steps: steps between them.
         keep_last: how many stay.
+        keep_every_n_steps: steps whose checkpoints stay besides; 0 is none.
+        asynchronous: train on while a checkpoint is written.
         samples_per_step: rows of the global batch.
         config_yaml: the resolved config, stored with each.
-        resume_from: checkpoint to load at the start, or None.
+
+    Set before training starts:
+        resume_from: checkpoint to go on from, or None.
+
+    Raises:
+        UserError: a number below its least.
     """
+
+    LAST_TRIES, SECONDS_BETWEEN = 3, 5.0
 
     def __init__(
         self,
@@ -32,47 +52,127 @@ class Checkpointing(Callback):
         *,
         every_n_steps: int,
         keep_last: int,
+        keep_every_n_steps: int,
+        asynchronous: bool,
         samples_per_step: int,
         config_yaml: str,
-        resume_from: Path | None,
     ):
-        self.folder, self.every_n_steps, self.keep_last = folder, every_n_steps, keep_last
-        self.samples_per_step, self.config_yaml, self.resume_from = samples_per_step, config_yaml, resume_from
+        for key, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("keep_last", keep_last, 1),
+            ("keep_every_n_steps", keep_every_n_steps, 0),
+        ):
+            if value < least:
+                raise UserError(f"checkpoint.{key}={value} must be at least {least}")
+        self.folder, self.every_n_steps = folder, every_n_steps
+        self.keep_last, self.keep_every_n_steps, self.asynchronous = keep_last, keep_every_n_steps, asynchronous
+        self.samples_per_step, self.config_yaml = samples_per_step, config_yaml
+        self.resume_from: Path | None = None
+        self.failure: str | None = None
+        """Why the newest step that was to be saved is not."""
         # Not read off the disk: a damaged checkpoint of the same step, passed over at the start, must be written again.
         self._saved_step: int | None = None
+        self._writing_step: int | None = None
+        self._retry_step: int | None = None
+        self._failures = 0
+        self._random_state: dict[str, Tensor] | None = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Load weights and optimizer, and tell Lightning's loops how many steps are done."""
+        """Load weights, optimizer and random state, and tell Lightning's loops how many steps are done."""
+        self._saver = Saver(
+            self.folder,
+            asynchronous=self.asynchronous,
+            keep_last=self.keep_last,
+            keep_every_n_steps=self.keep_every_n_steps,
+        )
+        self._over = SharedFlag()
         if self.resume_from is None:
+            seed_generators(module.seed, 0, trainer.global_rank)
             return
-        state = sharded.load(self.resume_from, module.model, module.optimizers().optimizer)
+        restore(self.resume_from, module.model, module.optimizers().optimizer)
+        state = folders.read_state(self.resume_from)
+        self._load_random_state(state, trainer, module)
         _count_steps_done(trainer, state["step"])
         self._saved_step = state["step"]
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
         """Save when the step that is over asks for it."""
-        if trainer.global_step and trainer.global_step % self.every_n_steps == 0:
-            self.save(trainer, module)
+        if self._random_state is not None:
+            # Here and not at the start: this is where it was when it was saved.
+            set_random_tensors(self._random_state)
+            self._random_state = None
+        step = trainer.global_step
+        due = step and step != self._saved_step and (step % self.every_n_steps == 0 or step == self._retry_step)
+        # All ranks must learn of an outcome at the same step, or some would try again and some would not.
+        if self._writing_step is not None and (due or not self._over.largest(int(not self._saver.finished))):
+            self._retry_later(self._outcome(), step)
+        if due:
+            self._start(trainer, module)
+            if not self.asynchronous:
+                self._retry_later(self._outcome(), step)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save the last step."""
-        self.save(trainer, module)
+        """Save the last step, trying a few times; `failure` says if that was in vain."""
+        for attempt in range(self.LAST_TRIES):
+            if attempt:
+                time.sleep(self.SECONDS_BETWEEN)
+            if self.save(trainer, module):
+                return
 
-    def save(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save now, unless this step is saved already, and delete what is too old."""
-        step = trainer.global_step
-        if step == self._saved_step:
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """Let a save that has begun come to its end, unless the person at the keyboard cannot wait."""
+        if isinstance(exception, Exception):
+            self._outcome()
+
+    def save(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Save now and wait, unless this step is saved already; returns whether it is."""
+        self._outcome()
+        if trainer.global_step != self._saved_step:
+            self._start(trainer, module)
+            self._outcome()
+        return trainer.global_step == self._saved_step
+
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        step = self._writing_step = trainer.global_step
+        state = {"step": step, "samples": step * self.samples_per_step, "world_size": trainer.world_size}
+        tensors = training_tensors(module.model, module.optimizers().optimizer) | random_tensors(trainer.global_rank)
+        documents = {folders.STATE: json.dumps(state, indent=1) + "\n", folders.CONFIG: self.config_yaml}
+        self._saver.start(step, tensors, documents)
+
+    def _outcome(self) -> bool:
+        """Wait for the save that was begun, if one was; False, with a warning, if it failed."""
+        if self._writing_step is None:
+            return True
+        step, self._writing_step = self._writing_step, None
+        try:
+            self._saver.wait()
+        except SaveFailed as failed:
+            newest = folders.published(self.folder)
+            self.failure = f"step {step} is not saved: {failed}; the newest checkpoint is " + (
+                str(newest[-1]) if newest else "none"
+            )
+            log.warning(self.failure)
+            return False
+        self._saved_step, self.failure = step, None
+        return True
+
+    def _retry_later(self, saved: bool, step: int) -> None:
+        if saved:
+            self._retry_step, self._failures = None, 0
             return
-        state = {
-            "step": step,
-            "samples": step * self.samples_per_step,
-            "versions": {name: _version(name) for name in _VERSIONED},
-        }
-        folder = sharded.step_folder(self.folder, step)
-        sharded.save(folder, module.model, module.optimizers().optimizer, state, self.config_yaml)
-        self._saved_step = step
-        if trainer.is_global_zero:
-            sharded.keep_newest(self.folder, self.keep_last, folder)
+        delay = min(max(self.every_n_steps // 16, 1) << self._failures, self.every_n_steps)
+        self._retry_step, self._failures = step + delay, self._failures + 1
+        log.warning("training goes on; the next try is at step %d at the latest", self._retry_step)
+
+    def _load_random_state(self, state: dict, trainer: Trainer, module: LightningModule) -> None:
+        before, now = state.get("world_size"), trainer.world_size
+        if before == now:
+            self._random_state = random_tensors(trainer.global_rank)
+            sharded.load(self.resume_from, self._random_state)
+            return
+        # The saved draws have no counterpart: a rank has other rows now.
+        seed_generators(module.seed, state["step"], trainer.global_rank)
+        log.info("random numbers start anew: %s processes saved, %d go on", before, now)
 
 
 def _count_steps_done(trainer: Trainer, step: int) -> None:
@@ -82,10 +182,3 @@ def _count_steps_done(trainer: Trainer, step: int) -> None:
         progress.ready = progress.completed = step
     epoch_loop.batch_progress.total.started = epoch_loop.batch_progress.total.processed = step
     epoch_loop._batches_that_stepped = step
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

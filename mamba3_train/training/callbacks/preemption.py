@@ -9,10 +9,11 @@ from mamba3_train.training.processes import SharedFlag
 
 
 class Preempted(Exception):
-    """A signal stopped the run after a checkpoint: the same command continues it."""
+    """A signal stopped the run after a checkpoint, or after a failure to write one: the same command continues it."""
 
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}")
+    def __init__(self, signal_number: int, step: int, failure: str | None):
+        stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}"
+        super().__init__(f"{stopped}; {failure}" if failure else stopped)
         self.exit_code = 128 + signal_number
 
 
@@ -39,7 +40,7 @@ class Preemption(Callback):
         received = self._flag.largest(self._received)
         if received:
             self.checkpointing.save(trainer, module)
-            raise Preempted(received, trainer.global_step)
+            raise Preempted(received, trainer.global_step, self.checkpointing.failure)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Give the signals back."""

@@ -1,0 +1,83 @@
+"""Published, found, verified, pruned."""
+
+import json
+
+import pytest
+import torch
+
+from mamba3_train.checkpoint import folders
+from mamba3_train.errors import UserError
+from tests.checkpoint.small_training import save
+
+
+def names(checkpoints):
+    return sorted(path.name for path in checkpoints.iterdir())
+
+
+def test_the_manifest_names_every_file_and_the_versions(tmp_path):
+    save(tmp_path, 3)
+    folder = tmp_path / "step-00000003"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["format"] == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), None),
+        (lambda f: next(f.glob("*.safetensors")).unlink(), "is missing"),
+        (lambda f: next(f.glob("*.safetensors")).write_bytes(b"short"), "has 5 bytes instead of"),
+        (lambda f: flip_a_bit(next(f.glob("*.safetensors"))), "has changed"),
+        (lambda f: (f / "state.json").write_text('{"step": 9}\n'), "has changed"),
+        (lambda f: (f / "manifest.json").write_text("{"), "is missing or broken"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_said(damage, complaint, tmp_path, caplog):
+    save(tmp_path, 3, 6)
+    assert folders.newest_whole(tmp_path).name == "step-00000006"
+    damage(tmp_path / "step-00000006")
+    assert folders.newest_whole(tmp_path).name == "step-00000003"
+    if complaint:
+        assert complaint in caplog.text
+        assert "step-00000006" in caplog.text
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path):
+    assert folders.newest_whole(tmp_path) is None
+    save(tmp_path, 1)
+    next((tmp_path / "step-00000001").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        folders.newest_whole(tmp_path)
+
+
+def test_old_ones_go(tmp_path):
+    save(tmp_path, 1, 2, 3, 10, keep_last=2)
+    assert names(tmp_path) == ["step-00000003", "step-00000010"]
+
+
+def test_every_nth_stays(tmp_path):
+    save(tmp_path, 2, 4, 5, 6, 8, 10, 11, keep_last=1, keep_every_n_steps=5)
+    assert names(tmp_path) == ["step-00000005", "step-00000010", "step-00000011"]
+
+
+def test_damaged_later_ones_do_not_push_out_what_was_just_saved(tmp_path):
+    save(tmp_path, 1, 8, 9)
+    save(tmp_path, 2, keep_last=1)
+    assert names(tmp_path) == ["step-00000002", "step-00000008", "step-00000009"]
+
+
+def test_leftovers_of_a_killed_process_go_and_nothing_else(tmp_path):
+    save(tmp_path, 1)
+    for name in (".step-00000002.partial", ".step-00000000.deleted", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("text")
+    folders.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["notes", "step-00000001"]
