@@ -1,21 +1,23 @@
-"""`python -m mamba3_train.prepare`: make, verify or look at a prepared corpus."""
+"""`python -m mamba3_train.prepare`: make, verify or look at a prepared corpus, or plan its best-fit rows."""
+
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from mamba3_train.config import command
 from mamba3_train.data.preparation import Preparation
-from mamba3_train.data.token_shards import Manifest, verify
+from mamba3_train.data.token_shards import Manifest, read_manifest, verify
 from mamba3_train.errors import UserError
 
-MODES = ("output", "verify", "show")
+MODES = ("output", "verify", "show", "plan")
 
 SHOW_SETTINGS = ("rows", "sequence_length")
 
 
 @command("prepare")
 def main(config: DictConfig) -> None:
-    """Do the one thing that was asked for: `output=DIR`, `verify=DIR` or `show=DIR`."""
+    """Do the one thing that was asked for: `output=DIR`, `verify=DIR`, `show=DIR` or `plan=DIR`."""
     asked = [mode for mode in MODES if config[mode] is not None]
     if len(asked) != 1:
         raise UserError(f"give exactly one of {', '.join(f'{mode}=DIR' for mode in MODES)}")
@@ -26,6 +28,13 @@ def main(config: DictConfig) -> None:
         from mamba3_train.data.inspection import show  # needs torch, which preparing does not
 
         show(config.show, Console(highlight=False), rows=config.rows, sequence_length=config.sequence_length)
+        return
+    if config.plan is not None:
+        manifest = read_manifest(config.plan)
+        from mamba3_train.data.best_fit import write_plans  # as above
+
+        write_plans(Path(config.plan), manifest, config.sequence_length)
+        print(f"{config.plan}: rows of {config.sequence_length:,} tokens are planned for data.packing=best_fit")
         return
     settings = OmegaConf.to_container(config, resolve=True)
     preparation = Preparation(**{key: value for key, value in settings.items() if key not in (*MODES, *SHOW_SETTINGS)})

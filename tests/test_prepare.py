@@ -55,6 +55,15 @@ def test_show(command, tmp_path):
     assert (tmp_path / "out" / "document_lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plan(command, tmp_path):
+    (tmp_path / "text.txt").write_text("State, angle and rank. " * 100)
+    command("source.path=text.txt", "output=out", "tokenizer.train.vocab_size=270", "workers=1")
+    code, output, _ = command("plan=out", "sequence_length=64")
+    assert code == 0
+    assert "rows of 64 tokens are planned" in output
+    assert (tmp_path / "out" / "best_fit-64" / "plans.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from mamba3_train.data.best_fit import BestFitRows
 from mamba3_train.data.mixture import Mixture
 from mamba3_train.data.packing import PADDING, CutRows, Rows, pack, scatter
-from mamba3_train.data.sampler import samples_at
+from mamba3_train.data.row_order import RowOrder, ShardOrder
 
 
 class TrainingBatches(Dataset):
@@ -20,12 +20,26 @@ class TrainingBatches(Dataset):
         sources: rows by source name.
         mixture: which source each position comes from; None takes the only source.
         seed: of the shuffling of each source, anew in each of its epochs.
+        shuffle_shards: shards of a source that are shuffled at a time; None shuffles all of them together.
     """
 
-    def __init__(self, sources: Mapping[str, CutRows | BestFitRows], mixture: Mixture | None, seed: int):
+    def __init__(
+        self,
+        sources: Mapping[str, CutRows | BestFitRows],
+        mixture: Mixture | None,
+        seed: int,
+        shuffle_shards: int | None = None,
+    ):
         self.sources = dict(sources)
         self.mixture = mixture
-        self.seed = seed
+        self._orders = {}
+        for name, rows in self.sources.items():
+            # By name, so that a source keeps its order when others join.
+            stream = zlib.crc32(name.encode()) if mixture else 0
+            if shuffle_shards is None:
+                self._orders[name] = RowOrder(rows.count, seed, stream)
+            else:
+                self._orders[name] = ShardOrder(rows.row_starts, shuffle_shards, seed, stream)
 
     def __getitem__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
         if not isinstance(positions, range | np.ndarray):
@@ -35,20 +49,22 @@ class TrainingBatches(Dataset):
             )
         positions = np.asarray(positions, dtype=np.int64)
         if self.mixture is None:
-            (rows,) = self.sources.values()
-            return pack(self._read(rows, positions, stream=0))
+            (name,) = self.sources
+            return pack(self._read(name, positions))
         chosen, indices = self.mixture.assign(positions)
         parts = []
         for number in np.unique(chosen):
-            name = self.mixture.sources[number]
             places = np.flatnonzero(chosen == number)
-            # By name, so that a source keeps its order when others join.
-            stream = zlib.crc32(name.encode())
-            parts.append((places, self._read(self.sources[name], indices[places], stream)))
+            parts.append((places, self._read(self.mixture.sources[number], indices[places])))
         return pack(scatter(parts, len(positions)))
 
-    def _read(self, rows: CutRows | BestFitRows, indices: np.ndarray, stream: int) -> Rows:
-        return rows.read(samples_at(indices, rows.count, self.seed, stream))
+    def _read(self, name: str, indices: np.ndarray) -> Rows:
+        rows, order = self.sources[name], self._orders[name]
+        if rows.split.is_remote:
+            shuffled_by_shard = isinstance(order, ShardOrder)
+            soon = order.shards_from(indices[0]) if shuffled_by_shard else range(len(rows.split.shards))
+            rows.split.fetch_ahead(soon)
+        return rows.read(order.rows_at(indices))
 
     def epochs(self, position: int) -> dict[str, float]:
         """How often each source has been read through before a position, fractions included."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mamba3_train.data.corpus_files import LocalFiles, StoredFile
 from mamba3_train.data.packing import Rows
 from mamba3_train.data.shard_writer import publish
 from mamba3_train.data.token_shards import Manifest, Shard, TokenSplit
@@ -74,8 +75,13 @@ def _best_fit(sizes: list[int], length: int) -> np.ndarray:
     return row_of
 
 
-def _plan_file(folder: Path, shard: Shard, length: int) -> Path:
-    return folder / f"best_fit-{length}" / f"{shard.name}.npy"
+def plans_name(length: int) -> str:
+    """The file that lists the plans for a length of rows, within a corpus."""
+    return f"best_fit-{length}/plans.json"
+
+
+def _plan_name(shard: Shard, length: int) -> str:
+    return f"best_fit-{length}/{shard.name}.npy"
 
 
 def write_plans(folder: Path, manifest: Manifest, length: int) -> None:
@@ -84,7 +90,7 @@ def write_plans(folder: Path, manifest: Manifest, length: int) -> None:
     Raises:
         UserError: the folder cannot be written to.
     """
-    index_path = folder / f"best_fit-{length}" / "index.json"
+    index_path = folder / plans_name(length)
     index = json.loads(index_path.read_text()) if index_path.is_file() else {}
     missing = [s for s in manifest.shards() if index.get(s.name, {}).get("offsets_sha256") != s.offsets_sha256]
     if not missing:
@@ -92,22 +98,27 @@ def write_plans(folder: Path, manifest: Manifest, length: int) -> None:
     try:
         index_path.parent.mkdir(exist_ok=True)
         with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork")) as executor:
-            counts = list(executor.map(_write_plan, *zip(*((folder, s, length) for s in missing), strict=True)))
+            entries = list(executor.map(_write_plan, *zip(*((folder, s, length) for s in missing), strict=True)))
     except PermissionError as error:
         raise UserError(f"data.packing=best_fit keeps its plan in {index_path.parent}, which is read-only") from error
-    for shard, count in zip(missing, counts, strict=True):
-        index[shard.name] = {"rows": count, "offsets_sha256": shard.offsets_sha256}
+    index |= {shard.name: entry for shard, entry in zip(missing, entries, strict=True)}
     publish(index_path, json.dumps(index, indent=1).encode())
 
 
-def _write_plan(folder: Path, shard: Shard, length: int) -> int:
+def _write_plan(folder: Path, shard: Shard, length: int) -> dict:
+    """Write the plan of one shard; returns its entry of the index."""
     offsets = np.load(folder / f"{shard.name}.offsets.npy", allow_pickle=False)
     pieces, firsts = plan_shard(offsets, length)
-    path = _plan_file(folder, shard, length)
+    name = _plan_name(shard, length)
     # One file, so that it is whole or absent: the number of rows, the first piece of each, the pieces.
-    with open(path, "wb") as file:
+    with open(folder / name, "wb") as file:
         np.save(file, np.concatenate([[len(firsts) - 1], firsts, pieces.ravel()]).astype("<i8"))
-    return len(firsts) - 1
+    return {
+        "rows": len(firsts) - 1,
+        "offsets_sha256": shard.offsets_sha256,
+        "bytes": os.path.getsize(folder / name),
+        "sha256": LocalFiles(folder).sha256(name),
+    }
 
 
 class BestFitRows:
@@ -123,22 +134,16 @@ class BestFitRows:
         self.split = split
         self.sequence_length = sequence_length
         self.padding = padding
-        index_path = split.folder / f"best_fit-{sequence_length}" / "index.json"
-        index = json.loads(index_path.read_text()) if split.shards else {}
-        self.starts = np.cumsum([0, *(index[shard.name]["rows"] for shard in split.shards)])
-        self.count = int(self.starts[-1])
-        self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_plans": {}}
-
-    def _plan(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        if number not in self._plans:
-            path = _plan_file(self.split.folder, self.split.shards[number], self.sequence_length)
-            stored = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-            rows = int(stored[0])
-            self._plans[number] = stored[1 : rows + 2], stored[rows + 2 :].reshape(-1, 2)
-        return self._plans[number]
+        index = json.loads(split.files.read(plans_name(sequence_length))) if split.shards else {}
+        entries = [index[shard.name] for shard in split.shards]
+        split.attach(
+            [
+                StoredFile(_plan_name(shard, sequence_length), entry["bytes"], entry["sha256"])
+                for shard, entry in zip(split.shards, entries, strict=True)
+            ]
+        )
+        self.row_starts = np.cumsum([0, *(entry["rows"] for entry in entries)])
+        self.count = int(self.row_starts[-1])
 
     def read(self, rows: np.ndarray) -> Rows:
         """Read rows by number, each in [0, count)."""
@@ -146,12 +151,14 @@ class BestFitRows:
         tokens = np.full((len(rows), length + 1), self.padding, dtype=self.split.dtype)
         filled = np.zeros(len(rows), dtype=np.int64)
         boundaries = []
-        numbers = np.searchsorted(self.starts, rows, side="right") - 1
-        places = rows - self.starts[numbers]
+        numbers = np.searchsorted(self.row_starts, rows, side="right") - 1
+        places = rows - self.row_starts[numbers]
         for row, (number, place) in enumerate(zip(numbers.tolist(), places.tolist(), strict=True)):
-            stored, offsets = self.split.shard(number)
-            firsts, pieces = self._plan(number)
-            for begin, size in pieces[firsts[place] : firsts[place + 1]].tolist():
+            stored, offsets, plan = self.split.shard(number)
+            pieces_begin = int(plan[0]) + 2
+            pieces = plan[pieces_begin:].reshape(-1, 2)
+            first, last = plan[1 + place : 3 + place]
+            for begin, size in pieces[first:last].tolist():
                 column = int(filled[row])
                 tokens[row, column : column + size] = stored[begin : begin + size]
                 filled[row] += size

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mamba3_train.data.corpus_files import MANIFEST
 from mamba3_train.data.duplicates import DigestSet
 from mamba3_train.data.shard_writer import ShardWriter, publish, sync_folder, write_manifest
-from mamba3_train.data.token_shards import MANIFEST, Manifest, Shard, token_dtype
+from mamba3_train.data.token_shards import Manifest, Shard, token_dtype
 from mamba3_train.data.tokenizer import FILE_NAME, Tokenizer
 from mamba3_train.data.tokenizing import TokenBatch
 

@@ -5,17 +5,18 @@ from functools import cached_property
 from pathlib import Path
 
 import lightning
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mamba3_train.data.batches import TrainingBatches, ValidationBatches
-from mamba3_train.data.best_fit import BestFitRows, write_plans
+from mamba3_train.data.best_fit import BestFitRows, plans_name, write_plans
+from mamba3_train.data.corpus_files import MANIFEST, LocalFiles, RemoteFiles, is_remote
 from mamba3_train.data.mixture import Mixture, read_stages
 from mamba3_train.data.packing import CutRows, unpack
 from mamba3_train.data.preparation import Preparation
 from mamba3_train.data.sampler import StepSampler
-from mamba3_train.data.token_shards import MANIFEST, Manifest, TokenSplit, read_manifest, verify
+from mamba3_train.data.shard_cache import ShardCache, default_folder
+from mamba3_train.data.token_shards import Manifest, TokenSplit, read_manifest, verify
 from mamba3_train.data.tokenizer import Tokenizer
 from mamba3_train.errors import UserError
 
@@ -38,7 +39,7 @@ class TokenDataModule(lightning.LightningDataModule):
         total_steps: optimizer steps of the whole run, those already taken included.
 
     Args:
-        path: the prepared folder.
+        path: the prepared folder, or its remote address (s3://, gs://, https://, …).
         sequence_length: tokens in a row.
         global_batch_size: rows in an optimizer step, over all ranks.
         micro_batch_size: rows in one forward pass of one rank.
@@ -49,6 +50,10 @@ class TokenDataModule(lightning.LightningDataModule):
         packing: how documents fill rows: "cut" lays them end to end and cuts, "best_fit" keeps them whole where it can.
         mixture: weights of the corpus's sources, `{name: weight}`, or a list of `{from_tokens: N, weights: {…}}` that
             changes them as the run goes; None reads all sources in the proportion of their sizes.
+        shuffle_shards: shards of a source whose rows are shuffled together; None shuffles all of them. A remote corpus
+            larger than the cache needs it. With cut rows, what a shard has beyond whole rows is then left out.
+        cache_dir: folder on a disk of this machine for the shards of a remote corpus; None takes the user's cache.
+        cache_gib: most that is kept there, by all runs of this machine together.
         prepare: how the corpus is made when it is missing.
 
     Raises:
@@ -69,6 +74,9 @@ class TokenDataModule(lightning.LightningDataModule):
         vocab_size: int | None = None,
         packing: str = "cut",
         mixture: Mapping | Sequence | None = None,
+        shuffle_shards: int | None = None,
+        cache_dir: str | None = None,
+        cache_gib: float = 64.0,
         prepare: Preparation | None = None,
     ):
         super().__init__()
@@ -76,12 +84,16 @@ class TokenDataModule(lightning.LightningDataModule):
             ("sequence_length", sequence_length),
             ("global_batch_size", global_batch_size),
             ("micro_batch_size", micro_batch_size),
+            ("shuffle_shards", 1 if shuffle_shards is None else shuffle_shards),
         ):
             if value < 1:
                 raise UserError(f"data.{key}={value} must be at least 1")
         if packing not in PACKINGS:
             raise UserError(f"data.packing={packing} must be one of {', '.join(PACKINGS)}")
-        self.path = Path(path)
+        if is_remote(path):
+            self.files = RemoteFiles(path, ShardCache(cache_dir or default_folder(), int(cache_gib * 2**30)))
+        else:
+            self.files = LocalFiles(Path(path))
         self.sequence_length = sequence_length
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -91,20 +103,24 @@ class TokenDataModule(lightning.LightningDataModule):
         self.expected_vocab_size = vocab_size
         self.packing = packing
         self.mixture = mixture
+        self.shuffle_shards = shuffle_shards
         self.prepare = prepare
         self.samples_consumed = 0
         self.total_steps = 0
 
     def prepare_data(self) -> None:
-        """Make the corpus if it is missing and may be made, and check the whole of a small one."""
+        """Make the corpus if it is missing and may be made; check a small one whole, and sizes of a remote one."""
+        if isinstance(self.files, RemoteFiles):
+            self.files.expect(self.manifest.files())
+            self.files.check_sizes()
+            return
+        folder = self.files.folder
         if self.prepare is not None and self.prepare.automatic:
-            self.prepare.run(self.path)
-        manifest = self.manifest
-        item_size = np.dtype(manifest.dtype).itemsize
-        if sum(shard.tokens for shard in manifest.shards()) * item_size <= HASH_AT_START_BYTES:
-            verify(self.path)
+            self.prepare.run(folder)
+        if sum(file.bytes for file in self.manifest.files()) <= HASH_AT_START_BYTES:
+            verify(folder)
         if self.packing == "best_fit":
-            write_plans(self.path, manifest, self.sequence_length)
+            write_plans(folder, self.manifest, self.sequence_length)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the shards and check every size that batches depend on."""
@@ -112,32 +128,59 @@ class TokenDataModule(lightning.LightningDataModule):
         expected = self.expected_vocab_size
         if expected is not None and expected != self.manifest.vocab_size:
             raise UserError(
-                f"data.vocab_size={expected} but the corpus {self.path} has {self.manifest.vocab_size} entries; "
+                f"data.vocab_size={expected} but the corpus {self.files} has {self.manifest.vocab_size} entries; "
                 f"set data.vocab_size={self.manifest.vocab_size} or prepare the corpus with the other tokenizer"
             )
         self.training = self._training()
-        self.validation = self._rows(TokenSplit(self.path, self.manifest, "validation"))
+        self.validation = self._rows(self._split("validation"))
+        if isinstance(self.files, RemoteFiles):
+            self._check_cache()
+
+    def _split(self, split: str, source: str | None = None) -> TokenSplit:
+        most_open = self.shuffle_shards if isinstance(self.files, RemoteFiles) else None
+        return TokenSplit(self.files, self.manifest, split, source, most_open)
 
     def _rows(self, split: TokenSplit) -> CutRows | BestFitRows:
-        if self.packing == "best_fit":
-            return BestFitRows(split, self.sequence_length, padding=self.manifest.end_of_document_id)
-        return CutRows(split, self.sequence_length)
+        if self.packing == "cut":
+            return CutRows(split, self.sequence_length, by_shard=self.shuffle_shards is not None)
+        if isinstance(self.files, RemoteFiles) and not self.files.exists(plans_name(self.sequence_length)):
+            raise UserError(
+                f"data.packing=best_fit needs {plans_name(self.sequence_length)} at the remote corpus {self.files}: "
+                f"make it by python -m mamba3_train.prepare plan=DIR sequence_length={self.sequence_length} where the "
+                "corpus was made, and upload that folder too"
+            )
+        return BestFitRows(split, self.sequence_length, padding=self.manifest.end_of_document_id)
 
     def _training(self) -> TrainingBatches:
         if self.mixture is None:
-            mixture, sources = None, {"all": TokenSplit(self.path, self.manifest, "train")}
+            mixture, sources = None, {"all": self._split("train")}
         else:
             mixture = Mixture(read_stages(self.mixture, self.sequence_length), self.manifest.sources())
-            sources = {name: TokenSplit(self.path, self.manifest, "train", name) for name in mixture.sources}
+            sources = {name: self._split("train", name) for name in mixture.sources}
         rows = {name: self._rows(split) for name, split in sources.items()}
         for name in rows:
             if not rows[name].count and (mixture is None or mixture.uses(name)):
-                which = self.path if mixture is None else f"{self.path}, source {name},"
+                which = self.files if mixture is None else f"{self.files}, source {name},"
                 raise UserError(
                     f"the corpus {which} has {sources[name].tokens:,} training tokens, fewer than one row of "
                     f"data.sequence_length={self.sequence_length} and its target; give more text or a shorter row"
                 )
-        return TrainingBatches(rows, mixture, self.seed)
+        return TrainingBatches(rows, mixture, self.seed, self.shuffle_shards)
+
+    def _check_cache(self) -> None:
+        """Refuse a cache too small for the shards that are read at once, which would be fetched again for every row."""
+        needed = sum(map(self.validation.split.bytes, range(len(self.validation.split.shards))))
+        for rows in self.training.sources.values():
+            sizes = sorted(map(rows.split.bytes, range(len(rows.split.shards))), reverse=True)
+            # Workers pass from one set of shards to the next at different times.
+            needed += sum(sizes if self.shuffle_shards is None else sizes[: 2 * self.shuffle_shards])
+        limit = self.files.cache.limit_bytes
+        if needed > limit:
+            raise UserError(
+                f"data.cache_gib={limit / 2**30:.4g} is less than the {needed / 2**30:.4g} GiB of shards that are read "
+                f"at once with data.shuffle_shards={self.shuffle_shards}: set data.cache_gib={needed / 2**30:.4g}, or "
+                "shuffle fewer shards at a time"
+            )
 
     def check_batch_size(self, world_size: int) -> None:
         """Refuse a global batch that ranks and micro-batches do not divide."""
@@ -210,16 +253,16 @@ class TokenDataModule(lightning.LightningDataModule):
     @cached_property
     def manifest(self) -> Manifest:
         """What the prepared folder holds; when there is none, the error names the command that makes it."""
-        if not (self.path / MANIFEST).is_file():
+        if isinstance(self.files, LocalFiles) and not self.files.exists(MANIFEST):
             command = (
-                self.prepare.command(self.path)
+                self.prepare.command(self.files.folder)
                 if self.prepare
                 else (
-                    f"python -m mamba3_train.prepare output={self.path} source.path=TEXT tokenizer.train.vocab_size=N"
+                    f"python -m mamba3_train.prepare output={self.files} source.path=TEXT tokenizer.train.vocab_size=N"
                 )
             )
-            raise UserError(f"no prepared corpus at data.path={self.path}; make it by: {command}")
-        return read_manifest(self.path)
+            raise UserError(f"no prepared corpus at data.path={self.files}; make it by: {command}")
+        return read_manifest(self.files)
 
     @property
     def vocab_size(self) -> int:
@@ -229,4 +272,4 @@ class TokenDataModule(lightning.LightningDataModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the corpus was made with."""
-        return Tokenizer.of_corpus(self.path, self.manifest.end_of_document_id)
+        return Tokenizer.of_corpus(self.files, self.manifest.end_of_document_id)

@@ -31,16 +31,22 @@ class CutRows:
     Args:
         split: the documents.
         sequence_length: inputs in a row.
+        by_shard: let every row lie in one shard; what remains of a shard, less than a row, is left out.
     """
 
-    def __init__(self, split: TokenSplit, sequence_length: int):
+    def __init__(self, split: TokenSplit, sequence_length: int, by_shard: bool = False):
         self.split = split
         self.sequence_length = sequence_length
-        self.count = max(0, (split.tokens - 1) // sequence_length)
+        ends = [shard.tokens for shard in split.shards] if by_shard else [split.tokens]
+        self._token_starts = split.starts if by_shard else np.array([0, split.tokens])
+        self.row_starts = np.cumsum([0, *(max(0, (tokens - 1) // sequence_length) for tokens in ends)])
+        self.count = int(self.row_starts[-1])
 
     def read(self, rows: np.ndarray) -> Rows:
         """Read rows by number, each in [0, count)."""
-        return Rows(*self.split.read(rows * self.sequence_length, self.sequence_length + 1))
+        numbers = np.searchsorted(self.row_starts, rows, side="right") - 1
+        starts = self._token_starts[numbers] + (rows - self.row_starts[numbers]) * self.sequence_length
+        return Rows(*self.split.read(starts, self.sequence_length + 1))
 
 
 def scatter(parts: list[tuple[np.ndarray, Rows]], count: int) -> Rows:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from mamba3_train.data.corpus_files import MANIFEST
 from mamba3_train.data.corpus_writer import (
     CorpusWriter,
     read_journal,
@@ -24,7 +25,7 @@ from mamba3_train.data.corpus_writer import (
 )
 from mamba3_train.data.preparation_progress import preparation_progress
 from mamba3_train.data.text_sources import TextSource
-from mamba3_train.data.token_shards import MANIFEST, Manifest, read_manifest
+from mamba3_train.data.token_shards import Manifest, read_manifest
 from mamba3_train.data.tokenizer import Tokenizer
 from mamba3_train.data.tokenizing import TextBatch, TokenizingPool
 from mamba3_train.errors import UserError

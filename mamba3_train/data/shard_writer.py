@@ -9,7 +9,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mamba3_train.data.token_shards import FORMAT, MANIFEST, VERSION, Manifest, Shard, sha256
+from mamba3_train.data.corpus_files import MANIFEST, LocalFiles
+from mamba3_train.data.token_shards import FORMAT, VERSION, Manifest, Shard
 
 
 def publish(path: Path, content: bytes) -> None:
@@ -133,7 +134,7 @@ class ShardWriter:
                 tokens=self._tokens,
                 documents=self._documents,
                 sha256=self._hash.hexdigest(),
-                offsets_sha256=sha256(self._path("offsets.npy")),
+                offsets_sha256=LocalFiles(self.folder).sha256(self._path("offsets.npy").name),
             )
         )
         self._bin = self._lengths = None

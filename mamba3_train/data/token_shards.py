@@ -5,26 +5,25 @@ A folder holds, for every shard, `NAME.bin` (tokens, flat little-endian uint16 o
 Files are written in a temporary folder and moved here; the manifest comes last, so a folder with a manifest is whole.
 """
 
-import hashlib
 import json
-import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from mamba3_train.data.corpus_files import MANIFEST, LocalFiles, RemoteFiles, StoredFile, corpus_files
 from mamba3_train.data.tokenizer import FILE_NAME, Tokenizer
 from mamba3_train.errors import UserError
 
-MANIFEST = "manifest.json"
 FORMAT = "mamba3_train.token_shards"
 VERSION = 1
 
-# How long a look at a shard's size and time of change is good for: a shared file system must not be asked at every row.
-RECHECK_SECONDS = 30.0
+Corpus = str | Path | LocalFiles | RemoteFiles
+"""A prepared corpus: its folder, its address (s3://, gs://, https://, …), or its files."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,13 @@ class Shard:
     documents: int
     sha256: str
     offsets_sha256: str
+
+    def files(self, dtype: str) -> tuple[StoredFile, StoredFile]:
+        """Its tokens and its offsets; 128 bytes is the header that numpy writes before a one-dimensional array."""
+        return (
+            StoredFile(f"{self.name}.bin", self.tokens * np.dtype(dtype).itemsize, self.sha256),
+            StoredFile(f"{self.name}.offsets.npy", 128 + 8 * (self.documents + 1), self.offsets_sha256),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,29 +73,34 @@ class Manifest:
         for shards in self.splits.values():
             yield from shards
 
+    def files(self) -> list[StoredFile]:
+        """Both files of every shard."""
+        return [file for shard in self.shards() for file in shard.files(self.dtype)]
+
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """Smallest type of the format that holds every id."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """Read and check the manifest of a prepared folder.
+def read_manifest(corpus: Corpus) -> Manifest:
+    """Read and check the manifest of a prepared corpus.
 
     Raises:
         UserError: there is none, or it is not one this version understands.
     """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise UserError(f"no prepared corpus at {folder}: {path} does not exist")
     try:
-        content = json.loads(path.read_text())
+        content = corpus_files(corpus).read(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"no prepared corpus at {corpus}: there is no {MANIFEST}") from error
+    try:
+        content = json.loads(content)
         if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
             raise ValueError(f"format is not {FORMAT} version {VERSION}")
         splits = {name: tuple(Shard(**shard) for shard in shards) for name, shards in content.pop("splits").items()}
         return Manifest(splits=splits, **content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a readable manifest ({error}); prepare the corpus again") from error
+        raise UserError(f"{corpus}/{MANIFEST} is not a readable manifest ({error}); prepare it again") from error
 
 
 class TokenSplit:
@@ -99,61 +110,68 @@ class TokenSplit:
     themselves.
 
     Args:
-        folder: the prepared folder.
+        corpus: the prepared corpus.
         manifest: its manifest.
         split: "train" or "validation".
         source: only this source's documents; None takes all, source after source.
+        most_open: shards that stay mapped, those used last; None keeps all.
 
     Raises:
         UserError: a shard is missing or has another size than the manifest says; later, when one is read, that it
             changed since.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, split: str, source: str | None = None):
-        self.folder = Path(folder)
+    def __init__(
+        self, corpus: Corpus, manifest: Manifest, split: str, source: str | None = None, most_open: int | None = None
+    ):
+        self.files = corpus_files(corpus)
         shards = manifest.splits.get(split, ())
         self.shards = tuple(shard for shard in shards if source in (None, shard.source))
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self.tokens = int(self.starts[-1])
-        check_sizes(self.folder, self.shards, self.dtype)
-        self._stamps = [self._stamp(number) for number in range(len(self.shards))]
-        self._checked: dict[int, float] = {}
-        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.most_open = most_open
+        self._stored = [shard.files(manifest.dtype) for shard in self.shards]
+        self.files.expect(file for files in self._stored for file in files)
+        self._open: dict[int, tuple[np.ndarray, ...]] = {}
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}, "_checked": {}}
+        return {**self.__dict__, "_open": {}}
 
-    def _stamp(self, number: int) -> list[tuple[int, int, int]]:
-        """What changes when somebody writes to a shard or puts another in its place."""
-        name = self.shards[number].name
-        found = [os.stat(self.folder / f"{name}.{ending}") for ending in ("bin", "offsets.npy")]
-        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
+    def attach(self, files: list[StoredFile]) -> None:
+        """Give every shard one more file, an .npy array, which `shard` then returns after the others."""
+        self._stored = [(*stored, file) for stored, file in zip(self._stored, files, strict=True)]
+        self.files.expect(files)
 
-    def _check_unchanged(self, number: int) -> None:
-        """Refuse a shard that is not the one found at the start; reading a truncated map would end the process."""
-        now = time.monotonic()
-        if now - self._checked.get(number, -np.inf) < RECHECK_SECONDS:
-            return
-        try:
-            same = self._stamp(number) == self._stamps[number]
-        except FileNotFoundError:
-            same = False
-        if not same:
-            path = self.folder / f"{self.shards[number].name}.bin"
-            raise UserError(f"shard changed while it was being read: {path}; prepare the corpus again, then resume")
-        self._checked[number] = now
+    def shard(self, number: int) -> tuple[np.ndarray, ...]:
+        """Tokens and document offsets of one shard, and what was attached."""
+        for file in self._stored[number]:
+            self.files.check_unchanged(file.name)
+        arrays = self._open.pop(number, None)
+        if arrays is None:
+            arrays = self._map(number)
+            while self.most_open is not None and len(self._open) >= self.most_open:
+                del self._open[next(iter(self._open))]
+        self._open[number] = arrays  # the last one is the one used last
+        return arrays
 
-    def shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and document offsets of one shard."""
-        self._check_unchanged(number)
-        if number not in self._open:
-            name = self.shards[number].name
-            tokens = np.memmap(self.folder / f"{name}.bin", dtype=self.dtype, mode="r")
-            offsets = np.load(self.folder / f"{name}.offsets.npy", mmap_mode="r", allow_pickle=False)
-            # Slicing a plain array costs a fraction of slicing the memmap subclass; the map stays alive as its base.
-            self._open[number] = tokens.view(np.ndarray), offsets.view(np.ndarray)
-        return self._open[number]
+    def _map(self, number: int) -> tuple[np.ndarray, ...]:
+        with ExitStack() as stack:
+            tokens, *others = (stack.enter_context(self.files.open(file.name)) for file in self._stored[number])
+            return map_tokens(tokens, self.dtype), *map(map_npy, others)
+
+    def bytes(self, number: int) -> int:
+        """Size of a shard's files together."""
+        return sum(file.bytes for file in self._stored[number])
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards come over a network."""
+        return isinstance(self.files, RemoteFiles)
+
+    def fetch_ahead(self, numbers: Iterable[int]) -> None:
+        """Have shards fetched that are read soon, where the corpus is remote."""
+        self.files.fetch_ahead([file.name for number in numbers for file in self._stored[number]])
 
     def read(self, starts: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cut rows of `width` tokens.
@@ -174,7 +192,7 @@ class TokenSplit:
             ends = np.minimum(positions + width - columns, self.starts[numbers + 1])
             for here in _groups(numbers):
                 number = numbers[here[0]]
-                stored, offsets = self.shard(int(number))
+                stored, offsets = self.shard(int(number))[:2]
                 begin, end = positions[here] - self.starts[number], ends[here] - self.starts[number]
                 for row, column, first, last in zip(
                     rows[here].tolist(), columns[here].tolist(), begin.tolist(), end.tolist(), strict=True
@@ -205,45 +223,35 @@ def _ranges(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return owner, np.arange(len(owner)) + (first - np.cumsum(counts) + counts)[owner]
 
 
-def check_sizes(folder: Path, shards: tuple[Shard, ...], dtype: np.dtype) -> None:
-    """Refuse a missing or truncated shard, by existence and size alone."""
-    for shard in shards:
-        for path, size in (
-            (folder / f"{shard.name}.bin", shard.tokens * dtype.itemsize),
-            # 128 bytes: the header that numpy writes before a one-dimensional array.
-            (folder / f"{shard.name}.offsets.npy", 128 + 8 * (shard.documents + 1)),
-        ):
-            if not path.is_file():
-                raise UserError(f"shard file missing: {path}; prepare the corpus again")
-            if path.stat().st_size != size:
-                raise UserError(
-                    f"corrupt shard: {path} has {path.stat().st_size:,} bytes, its manifest says {size:,}; "
-                    "prepare the corpus again"
-                )
+def map_tokens(file: BinaryIO, dtype: np.dtype) -> np.ndarray:
+    """Map a flat file of tokens, which may then be closed."""
+    # Slicing a plain array costs a fraction of slicing the memmap subclass; the map stays alive as its base.
+    return np.memmap(file, dtype=dtype, mode="r").view(np.ndarray)
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def map_npy(file: BinaryIO) -> np.ndarray:
+    """Map the array of an .npy file, which may then be closed."""
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape).view(np.ndarray)
 
 
-def verify(folder: str | Path) -> Manifest:
+def verify(corpus: Corpus) -> Manifest:
     """Read every byte of a prepared corpus and compare it with the manifest.
 
     Raises:
         UserError: naming the first shard that is missing or differs, or a tokenizer that is not the one used.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    dtype = np.dtype(manifest.dtype)
-    shards = tuple(manifest.shards())
-    check_sizes(folder, shards, dtype)
-    expected = {folder / f"{shard.name}.bin": shard.sha256 for shard in shards}
-    expected |= {folder / f"{shard.name}.offsets.npy": shard.offsets_sha256 for shard in shards}
-    with ThreadPoolExecutor() as executor:  # hashing lets other threads run
-        for path, found in zip(expected, executor.map(sha256, expected), strict=True):
-            if found != expected[path]:
-                raise UserError(f"corrupt shard: {path} does not have the SHA-256 of its manifest; prepare it again")
-    if Tokenizer.of_corpus(folder, manifest.end_of_document_id).fingerprint != manifest.tokenizer_fingerprint:
-        raise UserError(f"{folder / FILE_NAME} is not the tokenizer that these shards were made with")
+    files = corpus_files(corpus)
+    manifest = read_manifest(files)
+    expected = manifest.files()
+    files.expect(expected)
+    with ThreadPoolExecutor() as executor:  # hashing and waiting for a network let other threads run
+        for file, found in zip(expected, executor.map(lambda file: files.sha256(file.name), expected), strict=True):
+            if found != file.sha256:
+                raise UserError(
+                    f"corrupt shard: {files}/{file.name} does not have the SHA-256 of its manifest; prepare it again"
+                )
+    if Tokenizer.of_corpus(files, manifest.end_of_document_id).fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(f"{files}/{FILE_NAME} is not the tokenizer that these shards were made with")
     return manifest

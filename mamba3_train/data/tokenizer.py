@@ -8,6 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mamba3_train.data.corpus_files import LocalFiles, RemoteFiles, corpus_files
 from mamba3_train.errors import UserError
 
 FILE_NAME = "tokenizer.json"
@@ -71,9 +72,13 @@ class Tokenizer:
         return cls(_read(path / FILE_NAME if path.is_dir() else path), end_of_document)
 
     @classmethod
-    def of_corpus(cls, folder: str | Path, end_of_document_id: int) -> "Tokenizer":
-        """Read the tokenizer of a prepared folder, whose manifest knows the end-of-document id."""
-        backend = _read(Path(folder) / FILE_NAME)
+    def of_corpus(cls, corpus: "str | Path | LocalFiles | RemoteFiles", end_of_document_id: int) -> "Tokenizer":
+        """Read the tokenizer of a prepared corpus, whose manifest knows the end-of-document id."""
+        files = corpus_files(corpus)
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(files.read(FILE_NAME))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{files}/{FILE_NAME} is not a tokenizer.json that can be read ({error})") from error
         return cls(backend, backend.id_to_token(end_of_document_id))
 
     @classmethod

@@ -49,7 +49,7 @@ def test_batches_hold_every_target_of_every_document(packed):
     found = np.stack([batch["input_ids"], batch["labels"]], axis=-1)[batch["labels"] != IGNORED_LABEL]
     expected = []
     for number in range(len(split.shards)):
-        tokens, offsets = split.shard(number)
+        tokens, offsets, _ = split.shard(number)
         pairs = np.stack([tokens[:-1], tokens[1:]], axis=-1).astype(np.int64)
         expected.append(np.delete(pairs, offsets[1:-1] - 1, axis=0))
     expected = np.concatenate(expected)

@@ -1,6 +1,7 @@
 """The data module: the same global batches for every number of ranks and workers, stopped and resumed or not."""
 
 import hashlib
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,6 +60,15 @@ def test_stopped_and_resumed_twice_on_other_ranks(corpus, steps):
     assert first + second + third == expected
 
 
+@pytest.mark.parametrize("packing", ["cut", "best_fit"])
+def test_shards_shuffled_a_few_at_a_time(corpus, tmp_path, packing):
+    corpus, settings = shutil.copytree(corpus, tmp_path / "copy"), {"shuffle_shards": 2, "packing": packing}
+    expected = global_batches(corpus, 1, total_steps=9, **settings)
+    assert global_batches(corpus, 8, total_steps=9, **settings) == expected
+    assert global_batches(corpus, 2, total_steps=9, samples_consumed=4 * 16, **settings) == expected[4:]
+    assert set(expected).isdisjoint(global_batches(corpus, 1, total_steps=9, packing=packing))
+
+
 def test_length_counts_the_whole_run(corpus):
     loader = module(corpus, samples_consumed=32, total_steps=6).train_dataloader()
     assert len(loader) == 6
@@ -103,6 +113,7 @@ def test_tokens_per_step_and_vocabulary(corpus):
         ({"sequence_length": 10**6}, ["fewer than one row", "data.sequence_length=1000000"]),
         ({"vocab_size": 999}, ["data.vocab_size=999", "data.vocab_size=300"]),
         ({"micro_batch_size": 0}, ["data.micro_batch_size=0"]),
+        ({"shuffle_shards": 0}, ["data.shuffle_shards=0"]),
     ],
 )
 def test_wrong_sizes_are_explained(corpus, settings, words):

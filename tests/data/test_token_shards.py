@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mamba3_train.data import token_shards
+from mamba3_train.data import corpus_files
 from mamba3_train.data.token_shards import TokenSplit, read_manifest, verify
 from mamba3_train.data.tokenizer import Tokenizer
 from mamba3_train.errors import UserError
@@ -58,7 +58,7 @@ def test_truncated_and_missing_shards_are_refused_at_open(copy, damage, ending):
 
 @pytest.mark.parametrize("change", ["truncated", "replaced", "rewritten", "missing"])
 def test_shard_that_changes_under_a_running_job(copy, change, monkeypatch):
-    monkeypatch.setattr(token_shards, "RECHECK_SECONDS", 0)
+    monkeypatch.setattr(corpus_files, "RECHECK_SECONDS", 0)
     manifest = read_manifest(copy)
     split = TokenSplit(copy, manifest, "train")
     path = copy / f"{manifest.splits['train'][0].name}.bin"
