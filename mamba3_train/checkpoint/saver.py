@@ -22,9 +22,9 @@ class SaveFailed(Exception):
 
 
 class Saver:
-    """Writes checkpoints, one at a time; every rank calls every method, `finished` apart, in the same order.
+    """Writes checkpoints, one at a time; every rank calls `prepare`, `start` and `wait` in the same order.
 
-    Training waits while each rank copies its share into memory; a thread then writes, hashes and publishes it.
+    A thread copies each rank's share into memory, then writes, hashes and publishes it while training goes on.
 
     Args:
         checkpoints: where their folders lie.
@@ -36,29 +36,44 @@ class Saver:
     def __init__(self, checkpoints: Path, *, asynchronous: bool, keep_last: int, keep_every_n_steps: int = 0):
         self.checkpoints, self.asynchronous = checkpoints, asynchronous
         self.keep_last, self.keep_every_n_steps = keep_last, keep_every_n_steps
-        self.waited_seconds = self.write_seconds = 0.0
-        """Of the last save: how long `start` took, and how long writing took."""
+        self.seconds_waited = self.seconds_written = 0.0
+        """Of the last save: how long `start` and `wait_until_copied` held training up, and how long all of it took."""
         self._ranks = _Ranks()
-        self._stage = Stager(self._ranks.exchange)
+        self._stager = Stager(self._ranks.exchange)
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self._error: Exception | None = None
+        self.may_change = True
+        """Whether training knows that the tensors of the last `start` are copied."""
+
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Agree on who writes what and allocate memory for it, once; else the first `start` does, and takes longer."""
+        self._stager.begin(tensors)
 
     def start(self, step: int, tensors: Mapping[str, Tensor], documents: Mapping[str, str]) -> None:
         """Begin to save a step: tensors by name, and the contents of the other files by theirs.
 
-        Waits for the save before; its outcome must have been taken with `wait`.
+        The tensors must not change before `wait_until_copied` or `wait`; the save before must have been waited for.
         """
         begin = time.perf_counter()
-        pieces = self._stage(tensors)
-        self._error = None
-        arguments = (folders.step_folder(self.checkpoints, step), pieces, documents)
+        self._error, self.may_change = None, False
+        self._copied.clear()
+        arguments = (folders.step_folder(self.checkpoints, step), self._stager.begin(tensors), documents)
         if self.asynchronous:
             # A daemon: a process that dies of an error must not hang in a save that the other ranks have left.
             self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._save(*arguments)
-        self.waited_seconds = time.perf_counter() - begin
+        self.seconds_waited = time.perf_counter() - begin
+
+    def wait_until_copied(self) -> None:
+        """Return when the tensors of the last `start` may change."""
+        begin = time.perf_counter()
+        self._copied.wait()
+        self.may_change = True
+        self.seconds_waited += time.perf_counter() - begin
 
     @property
     def finished(self) -> bool:
@@ -75,14 +90,17 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.may_change = True
         if self._error is not None:
             raise self._error
 
-    def _save(self, folder: Path, pieces: list[Piece], documents: Mapping[str, str]) -> None:
+    def _save(self, folder: Path, copy: Callable[[], list[Piece]], documents: Mapping[str, str]) -> None:
         begin = time.perf_counter()
+        pieces, problem = _attempt(copy)
+        self._copied.set()
         try:
             self._ranks.first(lambda: folders.begin(folder))
-            shards = self._ranks.all(lambda rank, ranks: _write(folder, pieces, rank, ranks))
+            shards = self._ranks.all(lambda: _write(folder, pieces, self._ranks) if problem is None else _fail(problem))
             self._ranks.first(lambda: folders.publish(folder, shards, documents))
             if self._ranks.rank == 0:
                 self._prune(folder)
@@ -90,7 +108,7 @@ class Saver:
             self._error = error
             if self._ranks.rank == 0:
                 shutil.rmtree(folders.unfinished(folder), ignore_errors=True)
-        self.write_seconds = time.perf_counter() - begin
+        self.seconds_written = time.perf_counter() - begin
 
     def _prune(self, saved: Path) -> None:
         try:
@@ -99,10 +117,10 @@ class Saver:
             log.warning("an old checkpoint could not be deleted: %s", error)
 
 
-def _write(folder: Path, pieces: list[Piece], rank: int, ranks: int) -> dict[str, dict]:
+def _write(folder: Path, pieces: list[Piece], ranks: "_Ranks") -> dict[str, dict]:
     if not pieces:
         return {}
-    name = f"shard-{rank + 1:05d}-of-{ranks:05d}.safetensors"
+    name = f"shard-{ranks.rank + 1:05d}-of-{ranks.count:05d}.safetensors"
     return {name: write_shard(folders.unfinished(folder) / name, pieces)}
 
 
@@ -128,9 +146,9 @@ class _Ranks:
         problem = _attempt(action)[1] if self.rank == 0 else None
         self._agree(problem)
 
-    def all(self, action: Callable[[int, int], dict]) -> dict:
+    def all(self, action: Callable[[], dict]) -> dict:
         """Let every rank act; rank 0 gets all results in one; every rank raises what any of them raises."""
-        result, problem = _attempt(lambda: action(self.rank, self.count))
+        result, problem = _attempt(action)
         gathered = self._gather((result, problem and (problem[0], f"rank {self.rank}: {problem[1]}")))
         self._agree(next((p for _, p in gathered if p), None) if gathered else None)
         return {key: value for part, _ in gathered or [] for key, value in part.items()}
@@ -148,7 +166,11 @@ class _Ranks:
             dist.broadcast_object_list(shared, src=0, group=self._group)
             problem = shared[0]
         if problem is not None:
-            raise SaveFailed(problem[1]) if problem[0] else RuntimeError(problem[1])
+            _fail(problem)
+
+
+def _fail(problem: tuple[bool, str]) -> None:
+    raise SaveFailed(problem[1]) if problem[0] else RuntimeError(problem[1])
 
 
 def _attempt(action: Callable) -> tuple[Any, tuple[bool, str] | None]:

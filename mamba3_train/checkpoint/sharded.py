@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.tensor import DTensor
 
 from mamba3_train.errors import UserError
 
@@ -35,10 +37,10 @@ class Piece:
 
 
 class Stager:
-    """Copies this rank's share of a checkpoint off the device, so that training may go on while it is written.
+    """Copies this rank's share of a checkpoint into memory, so that training may go on while it is written.
 
-    What several ranks hold alike is shared out among them. Who writes what is agreed once, at the first call; the
-    copies stay allocated (pinned where there is a GPU) and are overwritten by the next call.
+    What several ranks hold alike is shared out among them. Who writes what is agreed at the first call, which also
+    allocates the copies (pinned where there is a GPU) and so is slower; the next calls overwrite them.
 
     Args:
         exchange: gives rank 0 a list of every rank's value, calls the function on it, and returns to each rank its
@@ -47,35 +49,60 @@ class Stager:
 
     def __init__(self, exchange: Callable):
         self._exchange = exchange
-        self._planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
-        self._layout: dict | None = None
+        self._items: list[WriteItem] | None = None
         self._copies: dict[str, Tensor] = {}
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> list[Piece]:
-        """The pieces that this rank has to write; the same names, shapes and layouts on every call are quickest."""
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        self._planner.set_up_planner(dict(tensors), is_coordinator=first)
-        layout = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        if layout != self._layout:
-            local = self._planner.create_local_plan()
-            mine = self._exchange(local, lambda plans: self._planner.create_global_plan(plans)[0])
-            self._items = self._planner.finish_plan(mine).items
-            self._layout, self._copies = layout, {}
-        pieces = []
-        for item in self._items:
-            values = self._planner.resolve_data(item).detach()
-            if values.numel():
-                copy = self._copy(item.index.fqn, values)
-                pieces.append(Piece(item.index.fqn, tuple(item.tensor_data.chunk.offsets), copy))
-        if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()
-        return pieces
+    def begin(self, tensors: Mapping[str, Tensor]) -> Callable[[], list[Piece]]:
+        """What copies the pieces that this rank has to write, by any thread, before the tensors change.
 
-    def _copy(self, name: str, values: Tensor) -> Tensor:
+        Names, shapes and layouts of the tensors must be the same at every call.
+        """
+        if self._items is None:
+            self._items = self._share_out(tensors)
+        sources, pieces = [], []
+        for item in self._items:
+            tensor = tensors[item.index.fqn]
+            values = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+            if values.numel():
+                sources.append(values)
+                copy = self._copy_of(item.index.fqn, values)
+                pieces.append(Piece(item.index.fqn, tuple(item.tensor_data.chunk.offsets), copy))
+        stream, ready = _copy_stream(sources)
+
+        def copy() -> list[Piece]:
+            with torch.cuda.stream(stream):  # None, without a GPU, does nothing
+                if stream is not None:
+                    stream.wait_event(ready)
+                for source, piece in zip(sources, pieces, strict=True):
+                    piece.values.copy_(source, non_blocking=True)
+            if stream is not None:
+                stream.synchronize()
+            sources.clear()
+            return pieces
+
+        return copy
+
+    def _share_out(self, tensors: Mapping[str, Tensor]) -> list[WriteItem]:
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+        planner.set_up_planner(dict(tensors), is_coordinator=not dist.is_initialized() or dist.get_rank() == 0)
+        mine = self._exchange(planner.create_local_plan(), lambda plans: planner.create_global_plan(plans)[0])
+        return planner.finish_plan(mine).items
+
+    def _copy_of(self, name: str, values: Tensor) -> Tensor:
         if name not in self._copies:
             pinned = values.device.type == "cuda"
-            self._copies[name] = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=pinned)
-        return self._copies[name].copy_(values, non_blocking=True)
+            self._copies[name] = torch.zeros(values.shape, dtype=values.dtype, device="cpu", pin_memory=pinned)
+        return self._copies[name]
+
+
+def _copy_stream(sources: list[Tensor]) -> tuple[torch.cuda.Stream | None, torch.cuda.Event | None]:
+    """A stream beside training's and the moment from which it may read, where there is a GPU."""
+    device = next((source.device for source in sources if source.device.type == "cuda"), None)
+    if device is None:
+        return None, None
+    ready = torch.cuda.Event()
+    ready.record(torch.cuda.current_stream(device))
+    return torch.cuda.Stream(device), ready
 
 
 def write_shard(path: Path, pieces: list[Piece]) -> dict:

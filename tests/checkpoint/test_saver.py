@@ -37,8 +37,9 @@ def test_training_may_overwrite_what_is_being_saved(tmp_path, monkeypatch):
     weight = torch.arange(1000.0)
     saving = Saver(tmp_path, asynchronous=True, keep_last=1)
     saving.start(3, {"weight": weight}, DOCUMENTS)
-    assert begun.wait(timeout=60)
+    saving.wait_until_copied()
     weight.zero_()
+    assert begun.wait(timeout=60)
     assert not saving.finished
     assert folders.newest_whole(tmp_path) is None
     go.set()

@@ -126,6 +126,14 @@ def test_it_saves_every_few_steps_and_at_the_end(asynchronous, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_strategy_that_keeps_its_optimizer_step_to_itself_is_found_out(tmp_path, monkeypatch):
+    """It would change tensors while they are copied."""
+    monkeypatch.setattr(Checkpointing, "on_before_optimizer_step", lambda *_: None)
+    with pytest.raises(RuntimeError, match="may mix two steps"):
+        train(tmp_path, 10)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_damaged_checkpoint_of_the_same_step_is_written_again(tmp_path):
     train(tmp_path, 8)
     (tmp_path / "step-00000008" / "config.yaml").write_text("damaged")

@@ -75,6 +75,7 @@ class Checkpointing(Callback):
         self._writing_step: int | None = None
         self._retry_step: int | None = None
         self._failures = 0
+        self._prepared = False
         self._random_state: dict[str, Tensor] | None = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -102,6 +103,9 @@ class Checkpointing(Callback):
             set_random_tensors(self._random_state)
             self._random_state = None
         step = trainer.global_step
+        if step and not self._prepared:
+            self._saver.prepare(self._tensors(trainer, module))
+            self._prepared = True
         due = step and step != self._saved_step and (step % self.every_n_steps == 0 or step == self._retry_step)
         # All ranks must learn of an outcome at the same step, or some would try again and some would not.
         if self._writing_step is not None and (due or not self._over.largest(int(not self._saver.finished))):
@@ -110,6 +114,19 @@ class Checkpointing(Callback):
             self._start(trainer, module)
             if not self.asynchronous:
                 self._retry_later(self._outcome(), step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer) -> None:
+        """Change nothing that is still being copied."""
+        self._saver.wait_until_copied()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        """See to it that the above was called.
+
+        Raises:
+            RuntimeError: it was not: the strategy's optimizer step is none that Lightning knows of.
+        """
+        if not self._saver.may_change:
+            raise RuntimeError("the optimizer stepped while its state was copied: the checkpoint may mix two steps")
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Save the last step, trying a few times; `failure` says if that was in vain."""
@@ -135,9 +152,11 @@ class Checkpointing(Callback):
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         step = self._writing_step = trainer.global_step
         state = {"step": step, "samples": step * self.samples_per_step, "world_size": trainer.world_size}
-        tensors = training_tensors(module.model, module.optimizers().optimizer) | random_tensors(trainer.global_rank)
         documents = {folders.STATE: json.dumps(state, indent=1) + "\n", folders.CONFIG: self.config_yaml}
-        self._saver.start(step, tensors, documents)
+        self._saver.start(step, self._tensors(trainer, module), documents)
+
+    def _tensors(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+        return training_tensors(module.model, module.optimizers().optimizer) | random_tensors(trainer.global_rank)
 
     def _outcome(self) -> bool:
         """Wait for the save that was begun, if one was; False, with a warning, if it failed."""
