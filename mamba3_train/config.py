@@ -56,6 +56,8 @@ class TrainerSection:
     activation_checkpointing: str = "none"
     """full: every layer keeps its input alone and computes the rest again in the backward pass."""
     log_every_n_steps: int = 10
+    watchdog_seconds: float = 600.0
+    """A process ends with an error when a step takes longer; the first may take three times as long. 0: no limit."""
 
 
 @dataclass

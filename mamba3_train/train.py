@@ -38,7 +38,7 @@ def cli(config: DictConfig) -> int:
     data.check_batch_size(config.trainer.devices * config.trainer.num_nodes)
 
     processes.start_processes(config.trainer.devices, config.trainer.num_nodes)
-    processes.join(on_gpu(config.trainer.accelerator))
+    processes.join(on_gpu(config.trainer.accelerator), config.trainer.watchdog_seconds)
     processes.decided_by_rank_zero(data.prepare_data)
     data.setup()
     checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config))
@@ -127,6 +127,8 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
         flops_per_token=cost.training_flops_per_token,
     )
     progress, preemption = callbacks.Progress(throughput, console), callbacks.Preemption(checkpointing)
+    hang_detection = callbacks.HangDetection(config.trainer.watchdog_seconds, folder)
+    checkpointing.before_waiting = hang_detection.on_save_waited_for
     loggers = [MetricsFile(folder / "metrics.jsonl", from_step=step)]
     if config.logger:
         loggers.append(instantiate(config.logger))
@@ -140,7 +142,7 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
         val_check_interval=config.validation.every_n_steps or None,
         check_val_every_n_epoch=None,
         log_every_n_steps=every_n_steps,
-        callbacks=[throughput, checkpointing, progress, preemption],
+        callbacks=[throughput, checkpointing, progress, preemption, hang_detection],
         logger=loggers,
         use_distributed_sampler=False,
         enable_checkpointing=False,

@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from mamba3_train.errors import UserError
 
-# Long enough for a cold compilation on another rank, short enough that a lost rank does not hold the others for long.
+# The shortest time after which a rank gives up waiting for the others: longer than a cold compilation takes.
 TIMEOUT = datetime.timedelta(minutes=20)
+PATIENCE = 3
+"""How many times `trainer.watchdog_seconds` a process may spend on what is done once, or waits for storage."""
 
 
 def started_by_launcher() -> bool:
@@ -78,14 +80,20 @@ def _run_on_each(devices: int) -> int:
     return 0
 
 
-def join(on_gpu: bool) -> None:
-    """Meet the other processes, if there are any."""
+def join(on_gpu: bool, watchdog_seconds: float = 0.0) -> None:
+    """Meet the other processes, if there are any.
+
+    Args:
+        on_gpu: talk through the GPUs.
+        watchdog_seconds: the watchdog's time, so that no collective gives up before the watchdog tells where it hangs.
+    """
     if not started_by_launcher() or dist.is_initialized():
         return
     if on_gpu:
         # NCCL talks through the current device, which would be the first one for every rank.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    timeout = max(TIMEOUT, datetime.timedelta(seconds=PATIENCE * watchdog_seconds + 60))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
 
 
 def decided_by_rank_zero(decide: Callable[[], Any]) -> Any:

@@ -1,8 +1,9 @@
 """Lightning callbacks, one concern a file."""
 
 from mamba3_train.training.callbacks.checkpointing import Checkpointing
+from mamba3_train.training.callbacks.hang_detection import HangDetection
 from mamba3_train.training.callbacks.preemption import Preempted, Preemption
 from mamba3_train.training.callbacks.progress import Progress
 from mamba3_train.training.callbacks.throughput import Throughput
 
-__all__ = ["Checkpointing", "Preempted", "Preemption", "Progress", "Throughput"]
+__all__ = ["Checkpointing", "HangDetection", "Preempted", "Preemption", "Progress", "Throughput"]

@@ -7,6 +7,7 @@ holds the whole of the step.
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -39,6 +40,7 @@ class Checkpointing(Callback):
 
     Set before training starts:
         resume_from: checkpoint to go on from, or None.
+        before_waiting: called whenever training is about to wait for storage.
 
     Raises:
         UserError: a number below its least.
@@ -68,6 +70,7 @@ class Checkpointing(Callback):
         self.keep_last, self.keep_every_n_steps, self.asynchronous = keep_last, keep_every_n_steps, asynchronous
         self.samples_per_step, self.config_yaml = samples_per_step, config_yaml
         self.resume_from: Path | None = None
+        self.before_waiting: Callable[[], None] = lambda: None
         self.failure: str | None = None
         """Why the newest step that was to be saved is not."""
         # Not read off the disk: a damaged checkpoint of the same step, passed over at the start, must be written again.
@@ -163,6 +166,7 @@ class Checkpointing(Callback):
         if self._writing_step is None:
             return True
         step, self._writing_step = self._writing_step, None
+        self.before_waiting()
         try:
             self._saver.wait()
         except SaveFailed as failed:
