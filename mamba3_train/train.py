@@ -23,6 +23,7 @@ def cli(config: DictConfig) -> int:
     from mamba3_train.training import processes
     from mamba3_train.training.callbacks import Preempted
     from mamba3_train.training.hardware import choose_precision, on_gpu
+    from mamba3_train.training.metrics_file import MetricsFile
     from mamba3_train.training.report import report
 
     _quiet()
@@ -35,6 +36,7 @@ def cli(config: DictConfig) -> int:
     strategy = build_strategy(config)
     precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
     checkpointing = build_checkpointing(config, data)
+    logger = build_logger(config)
     data.check_batch_size(config.trainer.devices * config.trainer.num_nodes)
 
     processes.start_processes(config.trainer.devices, config.trainer.num_nodes)
@@ -55,7 +57,8 @@ def cli(config: DictConfig) -> int:
         f"{data.tokens_per_step:,} tokens a step"
     )
 
-    trainer = build_trainer(config, strategy, precision, data, cost, checkpointing, step, console)
+    loggers = [MetricsFile(folder / "metrics.jsonl", from_step=step), *([logger] if logger else [])]
+    trainer = build_trainer(config, strategy, precision, data, cost, checkpointing, loggers, console)
     try:
         trainer.fit(module, datamodule=data)
     except Preempted as stop:
@@ -112,13 +115,21 @@ def build_checkpointing(config: DictConfig, data):
     )
 
 
-def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpointing, step: int, console):
-    """Lightning's Trainer with our callbacks and loggers; it does the loop and nothing of saving or showing."""
-    import lightning
+def build_logger(config: DictConfig):
+    """The logger besides metrics.jsonl, if one is chosen; it opens nothing before the first row."""
     from hydra.utils import instantiate
 
+    if not config.logger:
+        return None
+    settings = OmegaConf.to_container(config, resolve=True)
+    return instantiate(config.logger, folder=config.run.dir, settings=settings, _convert_="all")
+
+
+def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpointing, loggers, console):
+    """Lightning's Trainer with our callbacks and loggers; it does the loop and nothing of saving or showing."""
+    import lightning
+
     from mamba3_train.training import callbacks
-    from mamba3_train.training.metrics_file import MetricsFile
 
     folder, every_n_steps = Path(config.run.dir), config.trainer.log_every_n_steps
     throughput = callbacks.Throughput(
@@ -129,9 +140,6 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
     progress, preemption = callbacks.Progress(throughput, console), callbacks.Preemption(checkpointing)
     hang_detection = callbacks.HangDetection(config.trainer.watchdog_seconds, folder)
     checkpointing.before_waiting = hang_detection.on_save_waited_for
-    loggers = [MetricsFile(folder / "metrics.jsonl", from_step=step)]
-    if config.logger:
-        loggers.append(instantiate(config.logger))
     return lightning.Trainer(
         strategy=strategy,
         accelerator=config.trainer.accelerator,

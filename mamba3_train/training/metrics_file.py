@@ -1,15 +1,19 @@
 """metrics.jsonl: one JSON object a logged step, readable with any tool."""
 
+import errno
 import json
+import logging
 import os
 from pathlib import Path
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+log = logging.getLogger(__name__)
+
 
 class MetricsFile(Logger):
-    """Lightning logger that appends rows to a file.
+    """Lightning logger that appends rows to a file; rows that storage refuses wait in memory and are tried again.
 
     Args:
         path: the file.
@@ -19,6 +23,7 @@ class MetricsFile(Logger):
     def __init__(self, path: Path, from_step: int = 0):
         super().__init__()
         self.path = path
+        self._waiting: list[str] = []
         self._drop_rows_after(from_step)
 
     @property
@@ -34,8 +39,24 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one row; a row holds what is in `metrics`."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self._waiting.append(json.dumps(metrics) + "\n")
+        try:
+            self._append()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                log.warning("%s cannot be written (%s): its rows wait in memory", self.path, error.strerror)
+
+    def _append(self) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            begin = file.tell()
+            content = "".join(self._waiting).encode()
+            try:
+                if file.write(content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(begin)
+                raise
+        self._waiting.clear()
 
     @rank_zero_only
     def log_hyperparams(self, *args, **kwargs) -> None:

@@ -1,6 +1,7 @@
 """Rows survive crashes, and a resumed run leaves none twice."""
 
 import json
+import resource
 
 from mamba3_train.training.hardware import peak_flops
 from mamba3_train.training.metrics_file import MetricsFile, read_metrics
@@ -18,6 +19,24 @@ def test_rows_after_the_resumed_step_go(tmp_path):
     resumed.log_metrics({"step": 15, "mfu": None}, step=15)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [5, 10, 15]
     assert read_metrics(path)[-1] == {"step": 15, "mfu": None}
+
+
+def test_rows_that_storage_refuses_are_written_later_and_none_is_torn(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.log_metrics({"step": 1})
+    # The kernel refuses to let a file grow beyond so many bytes: a short write, then an error, as on a full disk.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        file.log_metrics({"step": 2})
+        file.log_metrics({"step": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == '{"step": 1}\n'
+    assert caplog.text.count("its rows wait in memory") == 1
+    file.log_metrics({"step": 4})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_an_unknown_gpu_has_no_peak():
