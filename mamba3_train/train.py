@@ -122,7 +122,8 @@ def build_logger(config: DictConfig):
     if not config.logger:
         return None
     settings = OmegaConf.to_container(config, resolve=True)
-    return instantiate(config.logger, folder=config.run.dir, settings=settings, _convert_="all")
+    # Not recursively: the settings name targets, too.
+    return instantiate(config.logger, folder=config.run.dir, settings=settings, _convert_="all", _recursive_=False)
 
 
 def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpointing, loggers, console):
