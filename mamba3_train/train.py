@@ -89,6 +89,7 @@ def build_module(config: DictConfig, model_config):
         micro_batch_size=config.data.micro_batch_size,
         gradient_clip_norm=config.trainer.gradient_clip_norm,
         activation_checkpointing=config.trainer.activation_checkpointing,
+        segment_length=config.data.get("segment_length"),
     )
 
 

@@ -48,6 +48,8 @@ class TokenDataModule(lightning.LightningDataModule):
         validation_sequences: rows that a validation reads, at most.
         vocab_size: entries the model expects; None takes those of the corpus.
         packing: how documents fill rows: "cut" lays them end to end and cuts, "best_fit" keeps them whole where it can.
+        segment_length: tokens of a row that the model takes at a time, carrying its state on, so that documents longer
+            than that need not be cut; None gives it whole rows. Batches are the same.
         mixture: weights of the corpus's sources, `{name: weight}`, or a list of `{from_tokens: N, weights: {…}}` that
             changes them as the run goes; None reads all sources in the proportion of their sizes.
         shuffle_shards: shards of a source whose rows are shuffled together; None shuffles all of them. A remote corpus
@@ -73,6 +75,7 @@ class TokenDataModule(lightning.LightningDataModule):
         validation_sequences: int = 256,
         vocab_size: int | None = None,
         packing: str = "cut",
+        segment_length: int | None = None,
         mixture: Mapping | Sequence | None = None,
         shuffle_shards: int | None = None,
         cache_dir: str | None = None,
@@ -88,6 +91,11 @@ class TokenDataModule(lightning.LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"data.{key}={value} must be at least 1")
+        if segment_length is not None and (segment_length < 1 or sequence_length % segment_length):
+            raise UserError(
+                f"data.segment_length={segment_length} does not divide data.sequence_length={sequence_length}: choose "
+                "a divisor, or null"
+            )
         if packing not in PACKINGS:
             raise UserError(f"data.packing={packing} must be one of {', '.join(PACKINGS)}")
         if is_remote(path):

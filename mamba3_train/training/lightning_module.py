@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mamba3_train.model import Mamba3Config, Mamba3LM, initialize
+from mamba3_train.model.recurrent_state import RecurrentState
 from mamba3_train.training.activation_checkpointing import check_choice, recompute_activations
 from mamba3_train.training.loss import count_targets, next_token_loss
+from mamba3_train.training.segments import Segment, carried, check_segments, segments
 from mamba3_train.training.strategies import FullySharded, assign, gradient_exchange
 
 
@@ -26,6 +28,7 @@ class PretrainingModule(lightning.LightningModule):
         schedule: learning rate of a step, counted from 0.
         seed: of the initial weights.
         micro_batch_size: rows in one forward pass.
+        segment_length: tokens of each row in one forward pass; the state goes on to the next. None takes whole rows.
         gradient_clip_norm: largest norm of the whole gradient.
         activation_checkpointing: `none` or `full`.
     """
@@ -41,12 +44,15 @@ class PretrainingModule(lightning.LightningModule):
         micro_batch_size: int,
         gradient_clip_norm: float,
         activation_checkpointing: str = "none",
+        segment_length: int | None = None,
     ):
         super().__init__()
+        check_segments(segment_length, config)
         self.automatic_optimization = False
         self.config, self.kernels, self.seed = config, kernels, seed
         self.make_optimizer, self.schedule = optimizer, schedule
         self.micro_batch_size, self.gradient_clip_norm = micro_batch_size, gradient_clip_norm
+        self.segment_length = segment_length
         self.activation_checkpointing = check_choice(activation_checkpointing)
         self.model: Mamba3LM | None = None
 
@@ -75,10 +81,11 @@ class PretrainingModule(lightning.LightningModule):
         # The mean of the ranks' counts, because gradients too are averaged over ranks.
         targets = self.trainer.strategy.reduce(count_targets(batch["labels"]).float(), reduce_op="mean").clamp(min=1)
         loss = torch.zeros_like(targets)
-        micro_batches = list(self._micro_batches(batch))
-        for number, rows in enumerate(micro_batches, start=1):
-            with gradient_exchange(self.trainer.strategy, self.model, wanted=number == len(micro_batches)):
-                part = self._loss_sum(rows) / targets
+        passes, state = list(self._passes(batch)), None
+        for number, segment in enumerate(passes, start=1):
+            with gradient_exchange(self.trainer.strategy, self.model, wanted=number == len(passes)):
+                part, state = self._loss_sum(segment, state)
+                part = part / targets
                 self.manual_backward(part)
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip_norm)
@@ -94,7 +101,10 @@ class PretrainingModule(lightning.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add one micro-batch to the sums."""
-        self._validation_loss += self._loss_sum(batch)
+        state = None
+        for segment in segments(batch, self.segment_length):
+            part, state = self._loss_sum(segment, state)
+            self._validation_loss += part
         self._validation_targets += count_targets(batch["labels"])
 
     def on_validation_epoch_end(self) -> None:
@@ -103,10 +113,16 @@ class PretrainingModule(lightning.LightningModule):
         loss, targets = self.trainer.strategy.reduce(sums, reduce_op="sum")
         self.log("val/loss", loss / targets, logger=False)
 
-    def _loss_sum(self, rows: dict[str, Tensor]) -> Tensor:
-        return next_token_loss(self.model(rows["input_ids"], rows["document_ids"]), rows["labels"])
+    def _loss_sum(self, segment: Segment, state: RecurrentState | None) -> tuple[Tensor, RecurrentState | None]:
+        """Loss of a segment that begins with what `state` carries, and the state it leaves to the next one."""
+        begin, left = carried(state, segment), None
+        logits = self.model(segment.input_ids, segment.document_ids, begin, return_state=not segment.last)
+        if not segment.last:
+            logits, left = logits
+        return next_token_loss(logits, segment.labels), left
 
-    def _micro_batches(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    def _passes(self, batch: dict[str, Tensor]) -> Iterator[Segment]:
+        """What is computed at a time: some rows of the batch, segment after segment."""
         parts = {key: value.split(self.micro_batch_size) for key, value in batch.items()}
         for values in zip(*parts.values(), strict=True):
-            yield dict(zip(parts, values, strict=True))
+            yield from segments(dict(zip(parts, values, strict=True)), self.segment_length)

@@ -114,6 +114,7 @@ def test_tokens_per_step_and_vocabulary(corpus):
         ({"vocab_size": 999}, ["data.vocab_size=999", "data.vocab_size=300"]),
         ({"micro_batch_size": 0}, ["data.micro_batch_size=0"]),
         ({"shuffle_shards": 0}, ["data.shuffle_shards=0"]),
+        ({"segment_length": 12}, ["data.segment_length=12", "data.sequence_length=32", "divisor"]),
     ],
 )
 def test_wrong_sizes_are_explained(corpus, settings, words):
