@@ -56,6 +56,8 @@ class TrainerSection:
     activation_checkpointing: str = "none"
     """full: every layer keeps its input alone and computes the rest again in the backward pass."""
     log_every_n_steps: int = 10
+    log_layer_norms: bool = False
+    """Rows also hold the gradient's norm of every layer, before clipping."""
     watchdog_seconds: float = 600.0
     """A process ends with an error when a step takes longer; the first may take three times as long. 0: no limit."""
 
@@ -118,6 +120,8 @@ class TrainConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     validation: ValidationSection = field(default_factory=ValidationSection)
     report: ReportSection = field(default_factory=ReportSection)
+    profile: list[int] | None = None
+    """First and last step, counted from 1, to record with PyTorch's profiler into the run folder."""
     resume: Resume = Resume.auto
 
 

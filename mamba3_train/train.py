@@ -21,7 +21,7 @@ def cli(config: DictConfig) -> int:
     from mamba3_train.checkpoint.resume import open_run_folder
     from mamba3_train.model.cost import model_cost
     from mamba3_train.training import processes
-    from mamba3_train.training.callbacks import Preempted
+    from mamba3_train.training.callbacks import Preempted, Profiling
     from mamba3_train.training.hardware import choose_precision, on_gpu
     from mamba3_train.training.metrics_file import MetricsFile
     from mamba3_train.training.report import report
@@ -37,6 +37,7 @@ def cli(config: DictConfig) -> int:
     precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
     checkpointing = build_checkpointing(config, data)
     logger = build_logger(config)
+    profiling = [] if config.profile is None else [Profiling(folder, list(config.profile))]
     data.check_batch_size(config.trainer.devices * config.trainer.num_nodes)
 
     processes.start_processes(config.trainer.devices, config.trainer.num_nodes)
@@ -58,7 +59,7 @@ def cli(config: DictConfig) -> int:
     )
 
     loggers = [MetricsFile(folder / "metrics.jsonl", from_step=step), *([logger] if logger else [])]
-    trainer = build_trainer(config, strategy, precision, data, cost, checkpointing, loggers, console)
+    trainer = build_trainer(config, strategy, precision, data, cost, checkpointing, profiling, loggers, console)
     try:
         trainer.fit(module, datamodule=data)
     except Preempted as stop:
@@ -127,17 +128,19 @@ def build_logger(config: DictConfig):
     return instantiate(config.logger, folder=config.run.dir, settings=settings, _convert_="all", _recursive_=False)
 
 
-def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpointing, loggers, console):
+def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpointing, profiling, loggers, console):
     """Lightning's Trainer with our callbacks and loggers; it does the loop and nothing of saving or showing."""
     import lightning
 
     from mamba3_train.training import callbacks
 
     folder, every_n_steps = Path(config.run.dir), config.trainer.log_every_n_steps
+    norms = callbacks.Norms(every_n_steps=every_n_steps, of_layers=config.trainer.log_layer_norms)
     throughput = callbacks.Throughput(
         every_n_steps=every_n_steps,
         tokens_per_step=data.tokens_per_step,
         flops_per_token=cost.training_flops_per_token,
+        norms=norms,
     )
     progress, preemption = callbacks.Progress(throughput, console), callbacks.Preemption(checkpointing)
     hang_detection = callbacks.HangDetection(config.trainer.watchdog_seconds, folder)
@@ -152,7 +155,7 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
         val_check_interval=config.validation.every_n_steps or None,
         check_val_every_n_epoch=None,
         log_every_n_steps=every_n_steps,
-        callbacks=[throughput, checkpointing, progress, preemption, hang_detection],
+        callbacks=[throughput, norms, checkpointing, progress, preemption, *profiling, hang_detection],
         logger=loggers,
         use_distributed_sampler=False,
         enable_checkpointing=False,

@@ -23,7 +23,7 @@ SMALL = [
     "+recipe=quickstart", "data.prepare.automatic=false", "data.validation_sequences=8", "data.sequence_length=64",
     "model.d_model=64", "model.d_mlp=64", "model.n_layers=2", "model.mixer.head_dim=16", "model.mixer.d_state=8",
     "trainer.max_steps=24", "trainer.log_every_n_steps=1", "validation.every_n_steps=8", "checkpoint.every_n_steps=5",
-    "report.sample_tokens=8",
+    "report.sample_tokens=8", "trainer.log_layer_norms=true",
 ]  # fmt: skip
 
 
@@ -68,8 +68,9 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def losses(self):
-        keys = ("step", "tokens", "train/loss", "train/grad_norm", "lr", "val/loss")
-        return [{key: row[key] for key in keys if key in row} for row in self.rows()]
+        """What does not depend on time, of every row."""
+        exact, kinds = ("step", "tokens", "lr"), ("train/", "val/")
+        return [{key: row[key] for key in row if key in exact or key.startswith(kinds)} for row in self.rows()]
 
     def weights(self):
         (file,) = (self.folder / "checkpoints" / "step-00000024").glob("*.safetensors")
@@ -97,9 +98,12 @@ def test_a_run_leaves_what_the_contract_says(uninterrupted):
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 25))
     assert [row["step"] for row in rows if "val/loss" in row] == [8, 16, 24]
     assert set(rows[0]) == {
-        "step", "tokens", "train/loss", "train/grad_norm", "lr", "tokens_per_second", "mfu", "data_wait",
-        "epochs/all", "peak_memory_gib",
+        "step", "tokens", "train/loss", "train/grad_norm", "train/param_norm", "train/update_norm", "lr",
+        "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "data_wait", "epochs/all", "peak_memory_gib",
+        *(f"train/grad_norm/{part}" for part in ("embedding", "layers.0", "layers.1", "norm")),
     }  # fmt: skip
+    parts = sum(value**2 for key, value in rows[0].items() if key.startswith("train/grad_norm/"))
+    assert parts == pytest.approx(rows[0]["train/grad_norm"] ** 2, rel=1e-4)
     assert all(0 <= row["data_wait"] < 1 for row in rows if "data_wait" in row)
     epochs = [row["epochs/all"] for row in rows if "epochs/all" in row]
     assert epochs == pytest.approx([epochs[-1] * step / 24 for step in range(1, 25)], abs=1e-4)
@@ -198,6 +202,25 @@ def test_accumulation_and_validation_size_do_not_change_the_run(tmp_path, quicks
         assert row["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-4)
         assert row["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-3)
     assert [row["step"] for row in run.rows() if "val/loss" in row] == [4], "validated at the end only"
+
+
+def test_a_run_that_cannot_save_trains_to_its_end_and_says_so(tmp_path, quickstart_corpus, uninterrupted):
+    """No file may grow beyond 200 kB, which is less than a checkpoint: every save fails half written."""
+    run = Run(tmp_path / "run", quickstart_corpus)
+    run.command = ["bash", "-c", 'ulimit -f 200 && exec "$@"', "bash", *run.command]
+    out, err = run.finish("checkpoint.every_n_steps=2", "trainer.max_steps=5", "schedule.total_steps=24", code=2)
+    assert "step 2 is not saved: rank 0: File too large; the newest checkpoint is none" in out
+    assert out.count("training goes on; the next try is at step") >= 1
+    assert err.startswith("error: step 5 is not saved: rank 0: File too large")
+    assert len(err.strip().splitlines()) == 1
+    assert [row["step"] for row in run.rows() if "train/loss" in row] == [1, 2, 3, 4, 5]
+    assert json.loads((run.folder / "summary.json").read_text())["step"] == 5
+    assert list((run.folder / "checkpoints").iterdir()) == []
+    del run.command[:4]
+    run.finish("checkpoint.every_n_steps=2", "trainer.max_steps=5", "schedule.total_steps=24", "profile=[2,3]")
+    assert run.losses()[:5] == uninterrupted.losses()[:5]
+    assert [path.name for path in (run.folder / "profile").iterdir()] == ["steps-2-3.trace.json.gz"]
+    assert len(list((run.folder / "checkpoints").iterdir())) == 2
 
 
 def test_wandb_works_offline_without_an_account(tmp_path, quickstart_corpus):

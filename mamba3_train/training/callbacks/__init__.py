@@ -2,8 +2,10 @@
 
 from mamba3_train.training.callbacks.checkpointing import Checkpointing
 from mamba3_train.training.callbacks.hang_detection import HangDetection
+from mamba3_train.training.callbacks.norms import Norms
 from mamba3_train.training.callbacks.preemption import Preempted, Preemption
+from mamba3_train.training.callbacks.profiling import Profiling
 from mamba3_train.training.callbacks.progress import Progress
 from mamba3_train.training.callbacks.throughput import Throughput
 
-__all__ = ["Checkpointing", "HangDetection", "Preempted", "Preemption", "Progress", "Throughput"]
+__all__ = ["Checkpointing", "HangDetection", "Norms", "Preempted", "Preemption", "Profiling", "Progress", "Throughput"]

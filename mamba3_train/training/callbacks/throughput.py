@@ -5,6 +5,7 @@ import time
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mamba3_train.training.callbacks.norms import Norms
 from mamba3_train.training.device_wait import DeviceWait
 from mamba3_train.training.hardware import peak_flops, peak_memory_gib
 
@@ -21,9 +22,11 @@ class Throughput(Callback):
         every_n_steps: steps between rows.
         tokens_per_step: tokens of the global batch.
         flops_per_token: training FLOPs by `model/cost.py`.
+        norms: what else a row tells.
     """
 
-    def __init__(self, *, every_n_steps: int, tokens_per_step: int, flops_per_token: float):
+    def __init__(self, *, every_n_steps: int, tokens_per_step: int, flops_per_token: float, norms: Norms):
+        self.norms = norms
         self.every_n_steps = every_n_steps
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
@@ -51,7 +54,8 @@ class Throughput(Callback):
         self._wait.step_ended()
 
     def _log_step(self, trainer: Trainer, module: LightningModule, outputs, step: int) -> None:
-        values = {name: value.item() for name, value in outputs.items()}
+        values = outputs | self.norms.take(module, outputs["train/grad_norm"])
+        values = {name: value.item() for name, value in values.items()}
         now = time.perf_counter()
         seconds = now - self._last_time
         rate = (step - self._last_step) * self.tokens_per_step / seconds
@@ -64,6 +68,7 @@ class Throughput(Callback):
             **values,
             lr=module.optimizers().param_groups[0]["lr"],
             tokens_per_second=round(rate, 1),
+            tokens_per_second_per_gpu=round(rate / trainer.world_size, 1),
             mfu=mfu,
             data_wait=round(waited / seconds, 4),
             **_epochs(trainer, step),

@@ -1,0 +1,64 @@
+"""Norms of parameters and of their updates, and of each layer's gradient on demand, for the rows that are logged."""
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class Norms(Callback):
+    """Measures the steps that are logged and leaves the others alone; of shards, too, it gives the norm of the whole.
+
+    For the update it keeps a copy of this rank's parameters during the optimizer's step, when activations are gone.
+
+    Args:
+        every_n_steps: steps between rows.
+        of_layers: also the gradient's norm of every layer, before clipping.
+    """
+
+    def __init__(self, *, every_n_steps: int, of_layers: bool):
+        self.every_n_steps, self.of_layers = every_n_steps, of_layers
+        self._before: list[Tensor] | None = None
+        self._layers: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer) -> None:
+        """Keep what the step will change, if it is logged."""
+        step = trainer.global_step + 1
+        if step % self.every_n_steps and step != trainer.max_steps:
+            return
+        self._before = [parameter.detach().clone() for parameter in module.model.parameters()]
+        if self.of_layers:
+            self._layers = layer_gradient_norms(module.model)
+
+    def take(self, module: LightningModule, gradient_norm: Tensor) -> dict[str, Tensor]:
+        """The norms of the step that is over, on the device: `train/param_norm`, `train/update_norm`, of layers.
+
+        Args:
+            gradient_norm: of the whole gradient, before it was clipped.
+        """
+        if self._before is None:
+            return {}
+        now = [parameter.detach() for parameter in module.model.parameters()]
+        torch._foreach_sub_(self._before, now)
+        values = {"train/param_norm": total_norm(now), "train/update_norm": total_norm(self._before)}
+        # The layers' were taken after clipping, which scales by clip / (norm + 1e-6) when that is below 1.
+        scale = ((gradient_norm + 1e-6) / module.gradient_clip_norm).clamp(min=1.0)
+        values |= {f"train/grad_norm/{name}": norm * scale for name, norm in self._layers.items()}
+        self._before, self._layers = None, {}
+        return values
+
+
+def layer_gradient_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Norm of the gradient of `layers.0`, `layers.1`, …, and of every other module at the root, by name."""
+    gradients: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            first, second, *_ = *name.split("."), ""
+            gradients.setdefault(f"{first}.{second}" if first == "layers" else first, []).append(parameter.grad)
+    return {name: total_norm(tensors) for name, tensors in gradients.items()}
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of all tensors together, the same on every rank; every rank must call it for shards."""
+    norm = nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
