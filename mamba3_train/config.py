@@ -54,7 +54,10 @@ class TrainerSection:
     """auto: bf16-mixed where the device computes in bfloat16, else 32-true."""
     gradient_clip_norm: float = 1.0
     activation_checkpointing: str = "none"
-    """full: every layer keeps its input alone and computes the rest again in the backward pass."""
+    """none; selective: layers keep matrix products, scan and attention, and compute the rest again; full: their input
+    alone."""
+    compile: bool = False
+    """torch.compile by layer: the first step takes longer, every later one less."""
     log_every_n_steps: int = 10
     log_layer_norms: bool = False
     """Rows also hold the gradient's norm of every layer, before clipping."""

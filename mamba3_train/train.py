@@ -91,6 +91,7 @@ def build_module(config: DictConfig, model_config):
         gradient_clip_norm=config.trainer.gradient_clip_norm,
         activation_checkpointing=config.trainer.activation_checkpointing,
         segment_length=config.data.get("segment_length"),
+        compile=config.trainer.compile,
     )
 
 

@@ -29,6 +29,7 @@ def initialize(
     config: Mamba3Config,
     seed: int,
     assign: Callable[[nn.Parameter, Tensor], object] = Tensor.copy_,
+    shape: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
 ) -> None:
     """Give every parameter of a model its first value, in place.
 
@@ -42,7 +43,8 @@ def initialize(
     | mimo_x, mimo_o | 1 / rank |
 
     Every parameter draws from a generator of its own, keyed by seed and name, on the CPU: its value depends neither
-    on the others nor on the device. `assign` puts a whole value into a parameter that may hold only a part of it.
+    on the others nor on the device. Where a parameter holds only a part of its value, `shape` tells that of the whole
+    and `assign` puts a whole value into it.
 
     Raises:
         ValueError: a parameter whose name has no rule.
@@ -52,7 +54,7 @@ def initialize(
             # Whatever default device the caller has set: Lightning sets the GPU.
             with torch.device("cpu"):
                 generator = torch.Generator().manual_seed(_name_seed(seed, name))
-                value = _first_value(name, parameter.shape, config, generator)
+                value = _first_value(name, shape(parameter), config, generator)
             assign(parameter, value)
 
 

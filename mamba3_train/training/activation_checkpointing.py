@@ -2,12 +2,26 @@
 
 import functools
 
+import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mamba3_train.errors import UserError
 
-CHOICES = ("none", "full")
+CHOICES = ("none", "selective", "full")
+
+# What `selective` keeps: results that cost much to compute for their size. Everything elementwise is computed again.
+EXPENSIVE = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "mamba3_train::scan",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+    }
+)
 
 
 def check_choice(choice: str) -> str:
@@ -22,10 +36,20 @@ def check_choice(choice: str) -> str:
 
 
 def recompute_activations(model: nn.Module, choice: str) -> None:
-    """Make every layer of a model keep its input alone (`full`), or everything (`none`), in place.
+    """Make every layer of a model keep its input alone (`full`), that and its matrix products, scan and attention
+    (`selective`), or everything (`none`), in place.
 
     The layers' names and parameters stay as they are: only their `forward` is replaced.
     """
-    if check_choice(choice) == "full":
-        for layer in model.layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    if check_choice(choice) == "none":
+        return
+    settings = {"use_reentrant": False}
+    if choice == "selective":
+        settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)
+    for layer in model.layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, **settings)
+
+
+def _keep_expensive(context, operator: torch._ops.OpOverload, *args, **kwargs) -> CheckpointPolicy:
+    name = operator.name().partition(".")[0]
+    return CheckpointPolicy.MUST_SAVE if name in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE

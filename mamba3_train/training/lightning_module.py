@@ -5,14 +5,22 @@ from collections.abc import Callable, Iterator
 import lightning
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mamba3_train.model import Mamba3Config, Mamba3LM, initialize
 from mamba3_train.model.recurrent_state import RecurrentState
 from mamba3_train.training.activation_checkpointing import check_choice, recompute_activations
+from mamba3_train.training.compilation import compile_layers
 from mamba3_train.training.loss import count_targets, next_token_loss
 from mamba3_train.training.segments import Segment, carried, check_segments, segments
-from mamba3_train.training.strategies import FullySharded, assign, gradient_exchange
+from mamba3_train.training.strategies import (
+    assign,
+    clip_and_step,
+    construction,
+    forward_of,
+    gradient_exchange,
+    materialise,
+)
+from mamba3_train.training.zero import whole_shape
 
 
 class PretrainingModule(lightning.LightningModule):
@@ -30,7 +38,8 @@ class PretrainingModule(lightning.LightningModule):
         micro_batch_size: rows in one forward pass.
         segment_length: tokens of each row in one forward pass; the state goes on to the next. None takes whole rows.
         gradient_clip_norm: largest norm of the whole gradient.
-        activation_checkpointing: `none` or `full`.
+        activation_checkpointing: `none`, `selective` or `full`.
+        compile: compile the layers.
     """
 
     def __init__(
@@ -45,6 +54,7 @@ class PretrainingModule(lightning.LightningModule):
         gradient_clip_norm: float,
         activation_checkpointing: str = "none",
         segment_length: int | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         check_segments(segment_length, config)
@@ -54,19 +64,20 @@ class PretrainingModule(lightning.LightningModule):
         self.micro_batch_size, self.gradient_clip_norm = micro_batch_size, gradient_clip_norm
         self.segment_length = segment_length
         self.activation_checkpointing = check_choice(activation_checkpointing)
+        self.compile_wanted = compile
         self.model: Mamba3LM | None = None
 
     def configure_model(self) -> None:
-        """Build on meta, choose what is kept, shard, materialise, initialise; Lightning calls this more than once."""
+        """Build, choose what is kept, compile, shard, initialise; Lightning calls this more than once."""
         if self.model is not None:
             return
-        with torch.device("meta"):
+        with construction(self.trainer.strategy):
             model = Mamba3LM(self.config, kernels=self.kernels)
         recompute_activations(model, self.activation_checkpointing)
-        if isinstance(self.trainer.strategy, FullySharded):
-            self.trainer.strategy.shard(model)
-        model.to_empty(device=self.trainer.strategy.root_device)
-        initialize(model, self.config, self.seed, assign=assign)
+        if self.compile_wanted:
+            compile_layers(model)
+        materialise(self.trainer.strategy, model)
+        initialize(model, self.config, self.seed, assign=assign, shape=whole_shape)
         self.model = model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -88,11 +99,8 @@ class PretrainingModule(lightning.LightningModule):
                 part = part / targets
                 self.manual_backward(part)
             loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        optimizer.step()
-        optimizer.zero_grad()
-        return {"train/loss": self.trainer.strategy.reduce(loss, reduce_op="mean"), "train/grad_norm": norm.detach()}
+        norm = clip_and_step(self.trainer.strategy, self.model, optimizer, self.gradient_clip_norm)
+        return {"train/loss": self.trainer.strategy.reduce(loss, reduce_op="mean"), "train/grad_norm": norm}
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of a validation."""
@@ -116,7 +124,8 @@ class PretrainingModule(lightning.LightningModule):
     def _loss_sum(self, segment: Segment, state: RecurrentState | None) -> tuple[Tensor, RecurrentState | None]:
         """Loss of a segment that begins with what `state` carries, and the state it leaves to the next one."""
         begin, left = carried(state, segment), None
-        logits = self.model(segment.input_ids, segment.document_ids, begin, return_state=not segment.last)
+        forward = forward_of(self.trainer.strategy, self.model)
+        logits = forward(segment.input_ids, segment.document_ids, begin, return_state=not segment.last)
         if not segment.last:
             logits, left = logits
         return next_token_loss(logits, segment.labels), left

@@ -93,7 +93,8 @@ def join(on_gpu: bool, watchdog_seconds: float = 0.0) -> None:
         # NCCL talks through the current device, which would be the first one for every rank.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = max(TIMEOUT, datetime.timedelta(seconds=PATIENCE * watchdog_seconds + 60))
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    # Gloo beside NCCL, for what lies in host memory: offloaded shards, checkpoints on their way to the disk.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
 
 
 def decided_by_rank_zero(decide: Callable[[], Any]) -> Any:

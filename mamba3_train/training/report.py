@@ -51,12 +51,13 @@ def sample_text(config: DictConfig, module: LightningModule, tokenizer) -> str:
     model = module.model.eval()
     device = next(model.parameters()).device
     prompt = torch.tensor([tokenizer.encode(config.sample_prompt)], device=device)
-    tokens = generate(
-        model,
-        prompt,
-        config.sample_tokens,
-        temperature=config.sample_temperature,
-        generator=torch.Generator(device).manual_seed(module.seed),
-        end_id=tokenizer.end_of_document_id,
-    )
+    with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for every new length
+        tokens = generate(
+            model,
+            prompt,
+            config.sample_tokens,
+            temperature=config.sample_temperature,
+            generator=torch.Generator(device).manual_seed(module.seed),
+            end_id=tokenizer.end_of_document_id,
+        )
     return tokenizer.decode(tokens[0].tolist())

@@ -1,16 +1,21 @@
 """How the model is spread over devices: one function a `strategy=`, and what training asks of whichever it is."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
+import torch
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mamba3_train.checkpoint import sharded
+from mamba3_train.checkpoint.training_state import restore, training_tensors
 from mamba3_train.errors import UserError
+from mamba3_train.training.fully_sharded import FullySharded
 from mamba3_train.training.hardware import on_gpu
+from mamba3_train.training.zero import ZeRO, assign_partitioned
 
 
 def single(*, accelerator: str, devices: int, num_nodes: int) -> Strategy:
@@ -34,12 +39,21 @@ def ddp(*, accelerator: str, devices: int, num_nodes: int) -> Strategy:
     )
 
 
-def fsdp(*, accelerator: str, devices: int, num_nodes: int, replicas: int, reshard_after_forward: bool) -> Strategy:
+def fsdp(
+    *,
+    accelerator: str,
+    devices: int,
+    num_nodes: int,
+    replicas: int,
+    reshard_after_forward: bool,
+    cpu_offload: bool = False,
+) -> Strategy:
     """Parameters, gradients and optimizer state in shards, gathered layer by layer (FSDP2).
 
     Args:
         replicas: groups of devices that each hold a whole model; 1 shards over all, more is hybrid sharding (HSDP).
         reshard_after_forward: free gathered parameters between forward and backward.
+        cpu_offload: keep the shards of parameters, gradients and optimizer state in host memory, and step there.
     """
     world_size = devices * num_nodes
     if replicas < 1 or world_size % replicas:
@@ -49,42 +63,104 @@ def fsdp(*, accelerator: str, devices: int, num_nodes: int, replicas: int, resha
         )
     if world_size == 1:
         return single(accelerator=accelerator, devices=1, num_nodes=1)
-    return FullySharded(_backend(accelerator), world_size, replicas, reshard_after_forward)
+    return FullySharded(_backend(accelerator), world_size, replicas, reshard_after_forward, cpu_offload)
 
 
-class FullySharded(ModelParallelStrategy):
-    """Lightning's strategy for sharded modules, over our own mesh of replicas × shards."""
+def deepspeed_zero(
+    *, accelerator: str, devices: int, num_nodes: int, stage: int, gradient_clip_norm: float, compile: bool = False
+) -> Strategy:
+    """DeepSpeed's ZeRO: optimizer state (1), gradients (2) and parameters (3) in shards.
 
-    def __init__(self, backend: str, world_size: int, replicas: int, reshard_after_forward: bool):
-        super().__init__(data_parallel_size=world_size, tensor_parallel_size=1, process_group_backend=backend)
-        self.cluster_environment = TorchElasticEnvironment()
-        self.mesh_shape = (replicas, world_size // replicas)
-        self.reshard_after_forward = reshard_after_forward
+    Raises:
+        UserError: stage 3 with compiled layers, inside which its hooks would have to run.
+    """
+    if stage == 3 and compile:
+        raise UserError("trainer.compile=true does not work with strategy=deepspeed_zero3: choose strategy=fsdp")
+    if devices * num_nodes == 1:
+        return single(accelerator=accelerator, devices=1, num_nodes=1)
+    return ZeRO(_backend(accelerator), stage, gradient_clip_norm)
 
-    def shard(self, model: nn.Module) -> None:
-        """Shard a model on meta: every layer by itself, and what is left together at the root."""
-        mesh = init_device_mesh(self.root_device.type, self.mesh_shape, mesh_dim_names=("replicate", "shard"))
-        mesh = mesh if self.mesh_shape[0] > 1 else mesh["shard"]
-        for module in (*model.layers, model):
-            fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
+
+def construction(strategy: Strategy) -> AbstractContextManager:
+    """Where a model is built: on meta, without memory, or by the strategy's own way."""
+    return strategy.construction() if isinstance(strategy, ZeRO) else torch.device("meta")
+
+
+def materialise(strategy: Strategy, model: nn.Module) -> None:
+    """Give a model built under `construction` its memory on the device, in shards where the strategy has any."""
+    device = strategy.root_device
+    if isinstance(strategy, FullySharded):
+        strategy.shard(model)
+        device = strategy.storage_device
+    if not (isinstance(strategy, ZeRO) and strategy.stage == 3):
+        model.to_empty(device=device)
 
 
 def assign(parameter: nn.Parameter, value: Tensor) -> None:
     """Copy a whole value, the same on every rank, into a parameter or into this rank's shard of it."""
+    if hasattr(parameter, "ds_id"):
+        assign_partitioned(parameter, value)
+        return
     if isinstance(parameter, DTensor):
-        value = value.to(parameter.device)
+        value = value.to(parameter.device_mesh.device_type)
         # No source rank: every rank cuts its own shard from its own copy.
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(value.to_local())
+        return
     parameter.copy_(value)
+
+
+def forward_of(strategy: Strategy, model: nn.Module) -> Callable:
+    """What to call for a forward pass of training or validation."""
+    return strategy.engine if isinstance(strategy, ZeRO) else model
 
 
 def gradient_exchange(strategy: Strategy, model: nn.Module, wanted: bool) -> AbstractContextManager:
     """Let ranks exchange gradients in the backward pass within, or keep them apart until a later one."""
     if isinstance(strategy, FullySharded):
         model.set_requires_gradient_sync(wanted)
+    elif isinstance(strategy, ZeRO):
+        strategy.engine.set_gradient_accumulation_boundary(wanted)
     elif isinstance(strategy, DDPStrategy) and not wanted:
         return strategy.block_backward_sync()
     return nullcontext()
+
+
+def clip_and_step(strategy: Strategy, model: nn.Module, optimizer, max_norm: float) -> Tensor:
+    """Clip the whole gradient to a norm, update, forget the gradient; returns the norm before clipping."""
+    if isinstance(strategy, ZeRO):
+        optimizer.step()
+        return strategy.gradient_norm()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
+
+
+def parameter_parts(strategy: Strategy, model: nn.Module) -> list[Tensor]:
+    """All parameters, whole, or as DTensors in whatever shards they rest in."""
+    if isinstance(strategy, ZeRO):
+        return strategy.parts()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def tensors_to_save(strategy: Strategy, model: nn.Module, optimizer) -> dict[str, Tensor]:
+    """Weights and optimizer state by the names they have in a checkpoint, whole or in shards."""
+    return strategy.tensors() if isinstance(strategy, ZeRO) else training_tensors(model, optimizer)
+
+
+def load_checkpoint(strategy: Strategy, folder: Path, model: nn.Module, optimizer) -> None:
+    """Fill model and optimizer from a checkpoint of any strategy.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor, or has it in another shape.
+    """
+    if isinstance(strategy, ZeRO):
+        tensors = strategy.tensors()
+        sharded.load(folder, tensors)
+        strategy.restore(tensors)
+    else:
+        restore(folder, model, optimizer)
 
 
 def _backend(accelerator: str) -> str:

@@ -25,8 +25,9 @@ def step(norms, model, number, max_steps=10):
     before = [parameter.detach().clone() for parameter in model.parameters()]
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    module = SimpleNamespace(model=model, gradient_clip_norm=CLIP)
-    norms.on_before_optimizer_step(SimpleNamespace(global_step=number - 1, max_steps=max_steps), module, None)
+    trainer = SimpleNamespace(global_step=number - 1, max_steps=max_steps, strategy=None)
+    module = SimpleNamespace(model=model, gradient_clip_norm=CLIP, trainer=trainer)
+    norms.on_before_optimizer_step(trainer, module, None)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     changes = [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
     return norms.take(module, norm), gradients, changes

@@ -16,9 +16,9 @@ from torch import Tensor
 from mamba3_train.checkpoint import folders, sharded
 from mamba3_train.checkpoint.random_state import random_tensors, seed_generators, set_random_tensors
 from mamba3_train.checkpoint.saver import SaveFailed, Saver
-from mamba3_train.checkpoint.training_state import restore, training_tensors
 from mamba3_train.errors import UserError
 from mamba3_train.training.processes import SharedFlag
+from mamba3_train.training.strategies import load_checkpoint, tensors_to_save
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Checkpointing(Callback):
         if self.resume_from is None:
             seed_generators(module.seed, 0, trainer.global_rank)
             return
-        restore(self.resume_from, module.model, module.optimizers().optimizer)
+        load_checkpoint(trainer.strategy, self.resume_from, module.model, module.optimizers().optimizer)
         state = folders.read_state(self.resume_from)
         self._load_random_state(state, trainer, module)
         _count_steps_done(trainer, state["step"])
@@ -159,7 +159,8 @@ class Checkpointing(Callback):
         self._saver.start(step, self._tensors(trainer, module), documents)
 
     def _tensors(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-        return training_tensors(module.model, module.optimizers().optimizer) | random_tensors(trainer.global_rank)
+        training = tensors_to_save(trainer.strategy, module.model, module.optimizers().optimizer)
+        return training | random_tensors(trainer.global_rank)
 
     def _outcome(self) -> bool:
         """Wait for the save that was begun, if one was; False, with a warning, if it failed."""

@@ -5,6 +5,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mamba3_train.errors import UserError
+from mamba3_train.training.strategies import parameter_parts
+from mamba3_train.training.zero import ZeRO
+
 
 class Norms(Callback):
     """Measures the steps that are logged and leaves the others alone; of shards, too, it gives the norm of the whole.
@@ -21,12 +25,21 @@ class Norms(Callback):
         self._before: list[Tensor] | None = None
         self._layers: dict[str, Tensor] = {}
 
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            UserError: gradients of layers under ZeRO, whose engine keeps them in flat pieces of no layer's own.
+        """
+        if self.of_layers and isinstance(trainer.strategy, ZeRO):
+            raise UserError("trainer.log_layer_norms=true does not work with DeepSpeed: choose strategy=fsdp or ddp")
+
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer) -> None:
         """Keep what the step will change, if it is logged."""
         step = trainer.global_step + 1
         if step % self.every_n_steps and step != trainer.max_steps:
             return
-        self._before = [parameter.detach().clone() for parameter in module.model.parameters()]
+        self._before = [parameter.clone() for parameter in parameter_parts(trainer.strategy, module.model)]
         if self.of_layers:
             self._layers = layer_gradient_norms(module.model)
 
@@ -38,7 +51,7 @@ class Norms(Callback):
         """
         if self._before is None:
             return {}
-        now = [parameter.detach() for parameter in module.model.parameters()]
+        now = parameter_parts(module.trainer.strategy, module.model)
         torch._foreach_sub_(self._before, now)
         values = {"train/param_norm": total_norm(now), "train/update_norm": total_norm(self._before)}
         # The layers' were taken after clipping, which scales by clip / (norm + 1e-6) when that is below 1.
