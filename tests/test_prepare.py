@@ -71,6 +71,7 @@ def test_plan(command, tmp_path):
         (["output=out", "verify=out"], ["exactly one"]),
         (["output=out"], ["source.path=PATH"]),
         (["verify=nowhere"], ["no prepared corpus at nowhere"]),
+        (["show=s3://bucket/corpus"], ["show=s3://bucket/corpus", "folder of this machine"]),
         (["output=out", "source.pth=x"], ["source.pth"]),
         (["output=out", "source.path=missing", "tokenizer.train.vocab_size=300"], ["source.path=missing"]),
     ],

@@ -262,7 +262,7 @@ def _file_system(address: str):
         # A cached one would be found again, dead, by loader workers, which are forked from a process that used it.
         return fsspec.core.url_to_fs(address, skip_instance_cache=True)[0]
     except (ImportError, ValueError) as error:  # no such kind of address, or its package is missing
-        raise UserError(f"data.path={address} cannot be opened: {error}") from error
+        raise UserError(f"{address} cannot be opened: {error} (pip install 'mamba3-train[remote]')") from error
 
 
 def is_remote(path: str | Path) -> bool:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mamba3_train.data.corpus_files import is_remote
 from mamba3_train.data.packing import CutRows
 from mamba3_train.data.sampler import permute
 from mamba3_train.data.token_shards import Manifest, TokenSplit, read_manifest
@@ -18,13 +19,18 @@ HISTOGRAM = "document_lengths.png"
 
 def show(folder: str | Path, console: Console, rows: int = 3, sequence_length: int = 256, seed: int = 0) -> None:
     """Print tokens per source and a few rows with document boundaries marked; draw document lengths as a PNG there."""
+    if is_remote(folder):
+        raise UserError(f"show={folder} reads a folder of this machine: copy the corpus, or some of it, here first")
     folder = Path(folder)
     manifest = read_manifest(folder)
     console.print(source_table(manifest))
     split = TokenSplit(folder, manifest, "train")
     packed = CutRows(split, sequence_length)
     if not packed.count:
-        raise UserError(f"{folder} has {split.tokens} training tokens, fewer than a row of {sequence_length}")
+        raise UserError(
+            f"{folder} has {split.tokens:,} training tokens, fewer than a row: give a shorter sequence_length than "
+            f"{sequence_length}"
+        )
     tokenizer = Tokenizer.of_corpus(folder, manifest.end_of_document_id)
     numbers = permute(np.arange(min(rows, packed.count)), packed.count, seed, epoch=0)
     for number in numbers.tolist():

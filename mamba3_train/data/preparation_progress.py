@@ -15,9 +15,18 @@ class RateColumn(ProgressColumn):
         begun = task.fields["begun"]
         rates = [(now - before) / seconds for now, before in zip((documents, tokens, size), begun, strict=True)]
         return Text(
-            f"{documents:,} documents ({rates[0]:,.0f}/s)  {tokens:,} tokens ({rates[1]:,.0f}/s)  "
-            f"{size / 1e6:,.1f} MB ({rates[2] / 1e6:,.1f}/s)"
+            f"{short(documents)} documents {short(rates[0])}/s  {short(tokens)} tokens {short(rates[1])}/s  "
+            f"{size / 1e6:,.0f} MB {rates[2] / 1e6:,.1f}/s",
+            no_wrap=True,
         )
+
+
+def short(number: float) -> str:
+    """A number to three digits: `1234567` is `1.23M`."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
 
 
 def preparation_progress() -> Progress:
@@ -25,7 +34,7 @@ def preparation_progress() -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         RateColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),

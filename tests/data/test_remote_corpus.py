@@ -192,7 +192,7 @@ def test_unreachable_and_unknown_addresses(remote, tmp_path):
     remote.faults["manifest.json"] = ["unreachable"] * 100
     with pytest.raises(UserError, match=r"manifest\.json of faulty://bucket/corpus cannot be had \(connection reset"):
         module(ADDRESS, tmp_path)
-    with pytest.raises(UserError, match=r"data\.path=nosuch://bucket cannot be opened: Protocol not known"):
+    with pytest.raises(UserError, match=r"nosuch://bucket cannot be opened: Protocol not known"):
         module("nosuch://bucket", tmp_path)
 
 

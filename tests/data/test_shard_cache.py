@@ -1,5 +1,6 @@
 """The cache of fetched shards: whole or absent, within its limit, shared by processes however they end."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -85,6 +86,14 @@ def test_a_failed_fetch_leaves_nothing(tmp_path):
         cache.open("a", SIZE, fail)
     assert stored(cache) == set()
     assert read(cache, "a") == content("a")
+
+
+def test_a_full_disk_is_told_from_a_full_cache(tmp_path):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"disk of the shard cache .* is full before data\.cache_gib"):
+        ShardCache(tmp_path, 10 * SIZE).open("a", SIZE, full)
 
 
 def test_killed_while_fetching(tmp_path):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from mamba3_train.data import corpus_files
-from mamba3_train.data.token_shards import TokenSplit, read_manifest, verify
+from mamba3_train.data.packing import CutRows
+from mamba3_train.data.row_order import RowOrder
+from mamba3_train.data.token_shards import Manifest, Shard, TokenSplit, read_manifest, verify
 from mamba3_train.data.tokenizer import Tokenizer
 from mamba3_train.errors import UserError
 
@@ -79,6 +81,32 @@ def test_shard_that_changes_under_a_running_job(copy, change, monkeypatch):
         split.read(np.array([0]), 100)
     after, _, _ = split.read(np.array([manifest.splits["train"][0].tokens]), 100)
     assert after.shape == (1, 100)
+
+
+def test_a_trillion_tokens_by_arithmetic(tmp_path):
+    """Eight shards of 250 GB that are holes on the disk; what is written at a few places is found there at once."""
+    each, per_document = 125 * 10**9, 10**9
+    names = [f"web-train-{number:05d}" for number in range(8)]
+    for name in names:
+        with open(tmp_path / f"{name}.bin", "wb") as file:
+            file.truncate(2 * each)
+        np.save(tmp_path / f"{name}.offsets.npy", np.arange(0, each + 1, per_document, dtype="<i8"))
+    start = 5 * each + 3 * per_document - 700
+    with open(tmp_path / f"{names[5]}.bin", "r+b") as file:
+        file.seek(2 * (start - 5 * each))
+        file.write(np.arange(2049, dtype="<u2").tobytes())
+    shards = tuple(Shard(name, "web", each, each // per_document, "", "") for name in names)
+    manifest = Manifest("uint16", 50_000, 0, "", {"train": shards, "validation": ()}, {})
+    split = TokenSplit(tmp_path, manifest, "train")
+    assert split.tokens == 10**12
+    tokens, rows, columns = split.read(np.array([start, 10**12 - 2049, 3 * each - 7]), 2049)
+    assert np.array_equal(tokens[0], np.arange(2049))
+    assert (rows.tolist(), columns.tolist()) == ([0, 2], [700, 7])
+    order = RowOrder(CutRows(split, 2048).count, seed=0)
+    positions = 10**8 + np.arange(64)
+    batch = CutRows(split, 2048).read(order.rows_at(positions))
+    assert batch.tokens.shape == (64, 2049)
+    assert len(np.unique(order.rows_at(positions))) == 64
 
 
 def test_another_tokenizer_is_found(copy):
