@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mamba3_train.model.attention import Attention
 from mamba3_train.model.config import Mamba3Config
-from mamba3_train.model.layers import SwiGLU, TokenEmbedding
+from mamba3_train.model.layers import SwiGLU, TokenEmbedding, Unembedding
 from mamba3_train.model.mixer import Mamba3Mixer
 from mamba3_train.model.recurrent_state import LayerState, RecurrentState
 
@@ -51,13 +51,13 @@ class Mamba3LM(nn.Module):
 
     def __init__(self, config: Mamba3Config, *, kernels: str = "reference"):
         super().__init__()
-        self.config = config
+        self.config, self.kernels = config, kernels
         self.embedding = TokenEmbedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, kind, kernels) for kind in config.layers)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head = None
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+            self.lm_head = Unembedding(config.d_model, config.padded_vocab_size)
 
     def forward(
         self,
@@ -65,17 +65,19 @@ class Mamba3LM(nn.Module):
         document_ids: Tensor | None = None,
         state: RecurrentState | None = None,
         return_state: bool = False,
+        labels: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RecurrentState]:
-        """Logits of the next token.
+        """Logits of the next token, or with labels their summed loss.
 
         Args:
             input_ids: (batch, seqlen) int64.
             document_ids: (batch, seqlen) integers, non-decreasing along a row; every document starts afresh.
             state: continues each row's first document.
             return_state: also return the state after the last token.
+            labels: (batch, seqlen) int64, −100 where there is no target: the loss takes less memory than the logits.
 
         Returns:
-            (batch, seqlen, padded vocabulary); with return_state also the state.
+            (batch, seqlen, padded vocabulary), or with labels a scalar; with return_state also the state.
         """
         residual = self.embedding(input_ids)
         residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
@@ -84,5 +86,8 @@ class Mamba3LM(nn.Module):
             residual, layer_state = layer(residual, document_ids, None if state is None else state[i], return_state)
             states.append(layer_state)
         hidden = self.norm(residual)
-        logits = self.embedding(hidden, unembed=True) if self.lm_head is None else self.lm_head(hidden)
-        return (logits, tuple(states)) if return_state else logits
+        if self.lm_head is None:
+            result = self.embedding(hidden, unembed=True, labels=labels, kernels=self.kernels)
+        else:
+            result = self.lm_head(hidden, labels=labels, kernels=self.kernels)
+        return (result, tuple(states)) if return_state else result

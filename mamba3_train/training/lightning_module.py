@@ -10,7 +10,7 @@ from mamba3_train.model import Mamba3Config, Mamba3LM, initialize
 from mamba3_train.model.recurrent_state import RecurrentState
 from mamba3_train.training.activation_checkpointing import check_choice, recompute_activations
 from mamba3_train.training.compilation import compile_layers
-from mamba3_train.training.loss import count_targets, next_token_loss
+from mamba3_train.training.loss import count_targets
 from mamba3_train.training.segments import Segment, carried, check_segments, segments
 from mamba3_train.training.strategies import (
     assign,
@@ -123,12 +123,10 @@ class PretrainingModule(lightning.LightningModule):
 
     def _loss_sum(self, segment: Segment, state: RecurrentState | None) -> tuple[Tensor, RecurrentState | None]:
         """Loss of a segment that begins with what `state` carries, and the state it leaves to the next one."""
-        begin, left = carried(state, segment), None
+        begin = carried(state, segment)
         forward = forward_of(self.trainer.strategy, self.model)
-        logits = forward(segment.input_ids, segment.document_ids, begin, return_state=not segment.last)
-        if not segment.last:
-            logits, left = logits
-        return next_token_loss(logits, segment.labels), left
+        loss = forward(segment.input_ids, segment.document_ids, begin, not segment.last, segment.labels)
+        return (loss, None) if segment.last else loss
 
     def _passes(self, batch: dict[str, Tensor]) -> Iterator[Segment]:
         """What is computed at a time: some rows of the batch, segment after segment."""

@@ -1,22 +1,10 @@
-"""Cross-entropy of the next token."""
+"""What training counts: the loss of the next token, and its targets."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from mamba3_train.kernels.linear_cross_entropy import IGNORED_LABEL, next_token_loss
 
-
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of −log p(label) over the labels that count, in float32 or wider.
-
-    Args:
-        logits: (…, vocabulary).
-        labels: (…) int64; IGNORED_LABEL where there is no target.
-    """
-    logits = logits.flatten(0, -2)
-    if logits.dtype.itemsize < 4:
-        logits = logits.float()
-    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+__all__ = ["IGNORED_LABEL", "count_targets", "next_token_loss"]
 
 
 def count_targets(labels: Tensor) -> Tensor:

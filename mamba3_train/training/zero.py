@@ -22,7 +22,7 @@ from mamba3_train.errors import UserError
 
 # Modules whose weights and gradients may travel in the autocast dtype, which casts them anyway. Everything else, the
 # dynamics and the norms above all, travels in float32.
-MATRIX_MODULES = ("torch.nn.Linear",)
+MATRIX_MODULES = ("torch.nn.Linear", "mamba3_train.model.layers.Unembedding")
 
 
 class ZeRO(DDPStrategy):
