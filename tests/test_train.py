@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 TWO_PROCESSES = {
     "ddp": ["strategy=ddp", "trainer.devices=2", "data.micro_batch_size=1"],
-    "fsdp": ["strategy=fsdp", "trainer.devices=2", "data.micro_batch_size=2", "trainer.activation_checkpointing=full"],
+    "fsdp": ["strategy=fsdp", "trainer.devices=2", "data.micro_batch_size=1", "trainer.activation_checkpointing=full"],
     "hsdp": ["strategy=hsdp", "strategy.replicas=2", "trainer.devices=2", "data.micro_batch_size=1"],
 }
 
@@ -23,7 +23,7 @@ SMALL = [
     "+recipe=quickstart", "data.prepare.automatic=false", "data.validation_sequences=8", "data.sequence_length=64",
     "model.d_model=64", "model.d_mlp=64", "model.n_layers=2", "model.mixer.head_dim=16", "model.mixer.d_state=8",
     "trainer.max_steps=24", "trainer.log_every_n_steps=1", "validation.every_n_steps=8", "checkpoint.every_n_steps=5",
-    "report.sample_tokens=8", "trainer.log_layer_norms=true",
+    "report.sample_tokens=8", "trainer.log_layer_norms=true", "data.micro_batch_size=2",
 ]  # fmt: skip
 
 
@@ -72,9 +72,10 @@ class Run:
         exact, kinds = ("step", "tokens", "lr"), ("train/", "val/")
         return [{key: row[key] for key in row if key in exact or key.startswith(kinds)} for row in self.rows()]
 
-    def weights(self):
-        (file,) = (self.folder / "checkpoints" / "step-00000024").glob("*.safetensors")
-        return load_file(file)
+    def tensors(self):
+        """All that the last checkpoint holds, by file: weights, optimizer, random numbers."""
+        files = (self.folder / "checkpoints" / "step-00000024").glob("*.safetensors")
+        return {file.name: load_file(file) for file in files}
 
 
 def rank_process(parent: int, rank: int) -> int:
@@ -84,6 +85,17 @@ def rank_process(parent: int, rank: int) -> int:
             if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
                 return int(child)
     raise LookupError(f"no rank {rank} below process {parent}")
+
+
+def assert_same(run, expected):
+    """Bit for bit: what was logged, weights, optimizer state, random numbers."""
+    assert run.losses() == expected.losses()
+    files, expected_files = run.tensors(), expected.tensors()
+    assert files.keys() == expected_files.keys()
+    for file, tensors in files.items():
+        assert tensors.keys() == expected_files[file].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected_files[file][name]), name
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +151,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(number, tmp_path,
         assert saved["step"] == run.last_step()
     out, _ = run.finish()
     assert "resuming" in out
-    assert run.losses() == uninterrupted.losses()
-    expected = uninterrupted.weights()
-    for name, tensor in run.weights().items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same(run, uninterrupted)
 
 
 def test_a_finished_run_is_left_alone(uninterrupted):
@@ -230,10 +239,17 @@ def test_wandb_works_offline_without_an_account(tmp_path, quickstart_corpus):
     assert run.last_step() == 2
 
 
-def test_two_processes_train_as_one_does(tmp_path, quickstart_corpus, uninterrupted):
+@pytest.fixture(scope="module")
+def uninterrupted_pair(tmp_path_factory, quickstart_corpus):
+    """A run of two processes that nothing stopped; each accumulates over two micro-batches."""
+    run = Run(tmp_path_factory.mktemp("runs") / "pair", quickstart_corpus)
+    run.output, _ = run.finish(*TWO_PROCESSES["fsdp"])
+    return run
+
+
+def test_two_processes_train_as_one_does(uninterrupted_pair, uninterrupted):
     """Started by the command itself; every strategy's numbers are compared in tests/training/test_strategies.py."""
-    run = Run(tmp_path / "run", quickstart_corpus)
-    out, _ = run.finish(*TWO_PROCESSES["fsdp"])
+    run, out = uninterrupted_pair, uninterrupted_pair.output
     assert out.count("step 24/24") == uninterrupted.output.count("step 24/24"), "only rank 0 speaks"
     assert [row.keys() for row in run.rows()] == [row.keys() for row in uninterrupted.rows()]
     for row, expected in zip(run.losses(), uninterrupted.losses(), strict=True):
@@ -243,6 +259,15 @@ def test_two_processes_train_as_one_does(tmp_path, quickstart_corpus, uninterrup
     first, expected = run.rows()[0], uninterrupted.rows()[0]
     assert first["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
     assert first["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-4)
+
+
+def test_two_processes_stopped_twice_go_on_as_if_nothing_had_happened(tmp_path, quickstart_corpus, uninterrupted_pair):
+    """First one of them is killed, then the other is asked to stop."""
+    run = Run(tmp_path / "run", quickstart_corpus)
+    run.stop_at(7, signal.SIGKILL, *TWO_PROCESSES["fsdp"], rank=1)
+    run.stop_at(13, signal.SIGTERM, *TWO_PROCESSES["fsdp"], rank=0)
+    run.finish(*TWO_PROCESSES["fsdp"])
+    assert_same(run, uninterrupted_pair)
 
 
 @pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), ("fsdp", "single"), ("single", "hsdp")])
