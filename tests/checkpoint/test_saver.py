@@ -49,6 +49,26 @@ def test_training_may_overwrite_what_is_being_saved(tmp_path, monkeypatch):
     assert torch.equal(weight, torch.arange(1000.0))
 
 
+@pytest.mark.gpu
+def test_a_gpu_may_overwrite_what_is_copied_and_not_before(tmp_path):
+    """The copy waits for what the GPU has still to do, and training for the copy."""
+    weights = {f"weight.{i}": torch.zeros(2**22, device="cuda") for i in range(8)}
+    saving = Saver(tmp_path, asynchronous=True, keep_last=1)
+    saving.prepare(weights)
+    for step in (1, 2, 3):
+        for weight in weights.values():
+            weight.add_(1.0)
+        saving.start(step, weights, DOCUMENTS)
+        saving.wait_until_copied()
+        for weight in weights.values():
+            weight.add_(100.0)
+        saving.wait()
+        loaded = {name: torch.empty(2**22) for name in weights}
+        sharded.load(folders.newest_whole(tmp_path), loaded)
+        expected = 101.0 * (step - 1) + 1.0
+        assert all((tensor == expected).all() for tensor in loaded.values())
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     ("module", "name"), [(folders, "begin"), (saver, "write_shard"), (folders, "publish"), (folders, "_to_disk")]

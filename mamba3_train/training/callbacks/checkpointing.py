@@ -178,6 +178,8 @@ class Checkpointing(Callback):
             log.warning(self.failure)
             return False
         self._saved_step, self.failure = step, None
+        seconds = self._saver.seconds_waited, self._saver.seconds_written
+        log.debug("step %d is saved: training waited %.3f seconds of %.3f", step, *seconds)
         return True
 
     def _retry_later(self, saved: bool, step: int) -> None:
