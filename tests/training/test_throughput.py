@@ -20,15 +20,15 @@ def run():
     """The callback in a run of ten steps on two devices, with a row every fifth; its rows are in `rows`."""
     model = torch.nn.Linear(2, 2)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
-    module = SimpleNamespace(
-        model=model, device=torch.device("cpu"), gradient_clip_norm=1.0, optimizers=lambda: optimizer
-    )
     rows = []
     logger = SimpleNamespace(log_metrics=lambda row, step: rows.append(row))
     trainer = SimpleNamespace(
         global_step=0, max_steps=12, world_size=2, datamodule=None, loggers=[logger],
         strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
     )  # fmt: skip
+    module = SimpleNamespace(
+        model=model, device=torch.device("cpu"), gradient_clip_norm=1.0, optimizers=lambda: optimizer, trainer=trainer
+    )
     norms = Norms(every_n_steps=5, of_layers=True)
     callback = Throughput(every_n_steps=5, tokens_per_step=100, flops_per_token=1.0, norms=norms)
     callback.on_train_start(trainer, module)
