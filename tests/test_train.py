@@ -184,6 +184,13 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, quickstart_corpus):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path, quickstart_corpus):
+    (tmp_path / "file").write_text("in the way")
+    _, err = Run(tmp_path / "file" / "run", quickstart_corpus).finish(code=2)
+    assert "cannot be written: [Errno 20] Not a directory" in err
+    assert len(err.strip().splitlines()) == 1
+
+
 def test_a_corrupt_or_missing_corpus_is_named_before_anything_is_written(tmp_path, quickstart_corpus):
     corpus = tmp_path / "corpus"
     shutil.copytree(quickstart_corpus, corpus)

@@ -21,7 +21,7 @@ def open_run_folder(config: DictConfig) -> Path | None:
     Writes the resolved config as config.yaml once the folder is accepted.
 
     Raises:
-        UserError: the folder belongs to a run of another config, or is in use and resume=never.
+        UserError: the folder belongs to a run of another config, is in use and resume=never, or cannot be written.
     """
     folder = Path(config.run.dir)
     saved = folder / folders.CONFIG
@@ -33,10 +33,13 @@ def open_run_folder(config: DictConfig) -> Path | None:
         _refuse_another_run(folder, OmegaConf.load(saved), config)
     checkpoint = folders.newest_whole(folder / "checkpoints")
     folders.remove_leftovers(folder / "checkpoints")
-    folder.mkdir(parents=True, exist_ok=True)
     partial = saved.with_name(f".{saved.name}.partial")
-    partial.write_text(OmegaConf.to_yaml(config, resolve=True))
-    os.replace(partial, saved)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(OmegaConf.to_yaml(config, resolve=True))
+        os.replace(partial, saved)
+    except OSError as error:
+        raise UserError(f"the run folder {folder} cannot be written: {error}") from error
     return checkpoint
 
 
