@@ -7,7 +7,8 @@ from rich.console import Console
 
 from mamba3_train.config import command
 from mamba3_train.data.preparation import Preparation
-from mamba3_train.data.token_shards import Manifest, read_manifest, verify
+from mamba3_train.data.token_shards import Manifest, read_manifest
+from mamba3_train.data.verification import verify
 from mamba3_train.errors import UserError
 
 MODES = ("output", "verify", "show", "plan")

@@ -29,6 +29,12 @@ def _same_random_numbers():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_our_own(tmp_path_factory):
+    """Tests leave the user's cache alone."""
+    os.environ["MAMBA3_TRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def quickstart_corpus(tmp_path_factory):
     """A small corpus of Python sources with the quickstart's tokenizer size, prepared once a process."""

@@ -10,7 +10,7 @@ _HOME = {
     "Preparation": "preparation",
     "Tokenizer": "tokenizer",
     "TokenSplit": "token_shards",
-    "verify": "token_shards",
+    "verify": "verification",
 }
 __all__ = sorted(_HOME)
 

@@ -62,7 +62,7 @@ class LocalFiles:
                     f"corrupt shard: {path} has {path.stat().st_size:,} bytes, its manifest says {file.bytes:,}; "
                     "prepare the corpus again"
                 )
-            self._stamps[file.name] = _stamp(path)
+            self._stamps[file.name] = stamp(path)
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading."""
@@ -87,7 +87,7 @@ class LocalFiles:
         if now - self._checked.get(name, -float("inf")) < RECHECK_SECONDS:
             return
         path = self.folder / name
-        if not path.is_file() or _stamp(path) != self._stamps[name]:
+        if not path.is_file() or stamp(path) != self._stamps[name]:
             raise UserError(f"shard changed while it was being read: {path}; prepare the corpus again, then resume")
         self._checked[name] = now
 
@@ -95,7 +95,7 @@ class LocalFiles:
         """Nothing: they are here."""
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def stamp(path: Path) -> tuple[int, int, int]:
     """What changes when somebody writes to a file or puts another in its place."""
     stat = os.stat(path)
     return stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -16,13 +16,10 @@ from mamba3_train.data.packing import CutRows, unpack
 from mamba3_train.data.preparation import Preparation
 from mamba3_train.data.sampler import StepSampler
 from mamba3_train.data.shard_cache import ShardCache, default_folder
-from mamba3_train.data.token_shards import Manifest, TokenSplit, read_manifest, verify
+from mamba3_train.data.token_shards import Manifest, TokenSplit, read_manifest
 from mamba3_train.data.tokenizer import Tokenizer
+from mamba3_train.data.verification import verify_once
 from mamba3_train.errors import UserError
-
-# A corpus up to this size is hashed whole at every start (about a second a GiB); a larger one is checked by file sizes,
-# and in full by `python -m mamba3_train.prepare verify=DIR`.
-HASH_AT_START_BYTES = 1 << 30
 
 PACKINGS = ("cut", "best_fit")
 
@@ -117,7 +114,7 @@ class TokenDataModule(lightning.LightningDataModule):
         self.total_steps = 0
 
     def prepare_data(self) -> None:
-        """Make the corpus if it is missing and may be made; check a small one whole, and sizes of a remote one."""
+        """Make the corpus if it is missing and may be made; compare it with its manifest; a remote one by sizes."""
         if isinstance(self.files, RemoteFiles):
             self.files.expect(self.manifest.files())
             self.files.check_sizes()
@@ -125,10 +122,10 @@ class TokenDataModule(lightning.LightningDataModule):
         folder = self.files.folder
         if self.prepare is not None and self.prepare.automatic:
             self.prepare.run(folder)
-        if sum(file.bytes for file in self.manifest.files()) <= HASH_AT_START_BYTES:
-            verify(folder)
+        manifest = self.manifest  # where there is none, the error names the command that makes it
+        verify_once(folder)
         if self.packing == "best_fit":
-            write_plans(folder, self.manifest, self.sequence_length)
+            write_plans(folder, manifest, self.sequence_length)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the shards and check every size that batches depend on."""

@@ -24,8 +24,9 @@ _POLL_SECONDS = 0.05
 
 
 def default_folder() -> Path:
-    """The user's cache, where the system keeps such things."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba3_train"
+    """The user's cache: MAMBA3_TRAIN_CACHE, or where the system keeps such things."""
+    system = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("MAMBA3_TRAIN_CACHE") or system / "mamba3_train")
 
 
 class ShardCache:

@@ -7,7 +7,6 @@ Files are written in a temporary folder and moved here; the manifest comes last,
 
 import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import BinaryIO
 import numpy as np
 
 from mamba3_train.data.corpus_files import MANIFEST, LocalFiles, RemoteFiles, StoredFile, corpus_files
-from mamba3_train.data.tokenizer import FILE_NAME, Tokenizer
 from mamba3_train.errors import UserError
 
 FORMAT = "mamba3_train.token_shards"
@@ -234,24 +232,3 @@ def map_npy(file: BinaryIO) -> np.ndarray:
     np.lib.format.read_magic(file)
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     return np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape).view(np.ndarray)
-
-
-def verify(corpus: Corpus) -> Manifest:
-    """Read every byte of a prepared corpus and compare it with the manifest.
-
-    Raises:
-        UserError: naming the first shard that is missing or differs, or a tokenizer that is not the one used.
-    """
-    files = corpus_files(corpus)
-    manifest = read_manifest(files)
-    expected = manifest.files()
-    files.expect(expected)
-    with ThreadPoolExecutor() as executor:  # hashing and waiting for a network let other threads run
-        for file, found in zip(expected, executor.map(lambda file: files.sha256(file.name), expected), strict=True):
-            if found != file.sha256:
-                raise UserError(
-                    f"corrupt shard: {files}/{file.name} does not have the SHA-256 of its manifest; prepare it again"
-                )
-    if Tokenizer.of_corpus(files, manifest.end_of_document_id).fingerprint != manifest.tokenizer_fingerprint:
-        raise UserError(f"{files}/{FILE_NAME} is not the tokenizer that these shards were made with")
-    return manifest

@@ -15,8 +15,9 @@ import pytest
 
 from mamba3_train.data import corpus_writer, preparation, tokenizing
 from mamba3_train.data.preparation import Preparation
-from mamba3_train.data.token_shards import TokenSplit, read_manifest, verify
+from mamba3_train.data.token_shards import TokenSplit, read_manifest
 from mamba3_train.data.tokenizer import Tokenizer
+from mamba3_train.data.verification import verify
 from mamba3_train.errors import UserError
 
 

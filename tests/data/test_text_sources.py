@@ -1,7 +1,10 @@
 """Sources: reading on from any position gives exactly the rest."""
 
 import gzip
+import http.server
 import json
+import threading
+from functools import partial
 
 import pyarrow
 import pyarrow.parquet
@@ -9,6 +12,7 @@ import pytest
 
 from mamba3_train.data import text_sources
 from mamba3_train.data.text_sources import TextSource
+from mamba3_train.errors import UserError
 
 TEXTS = [f"text {number} " * (number % 5 + 1) for number in range(50)]
 
@@ -63,3 +67,17 @@ def test_address_and_glob(tmp_path):
     write("jsonl", tmp_path)
     assert list(TextSource(f"file://{tmp_path}/a.jsonl").documents()) == TEXTS[:30]
     assert list(TextSource(f"{tmp_path}/*.jsonl").documents()) == TEXTS
+
+
+def test_over_http(tmp_path):
+    write("jsonl", tmp_path)
+    write("jsonl.gz", tmp_path)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        assert list(TextSource(f"{address}/a.jsonl").documents()) == TEXTS[:30]
+        assert list(TextSource(f"{address}/a.jsonl.gz").documents()) == TEXTS
+        with pytest.raises(UserError, match=rf"source\.path={address}/none\.jsonl cannot be read"):
+            list(TextSource(f"{address}/none.jsonl").documents())
+        server.shutdown()

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from mamba3_train.data import corpus_files
+from mamba3_train.data.corpus_files import LocalFiles
 from mamba3_train.data.packing import CutRows
 from mamba3_train.data.row_order import RowOrder
-from mamba3_train.data.token_shards import Manifest, Shard, TokenSplit, read_manifest, verify
+from mamba3_train.data.token_shards import Manifest, Shard, TokenSplit, read_manifest
 from mamba3_train.data.tokenizer import Tokenizer
+from mamba3_train.data.verification import verify, verify_once
 from mamba3_train.errors import UserError
 
 
@@ -43,6 +45,25 @@ def test_one_flipped_byte_is_found(copy, ending):
     path.write_bytes(content)
     with pytest.raises(UserError, match=path.name):
         verify(copy)
+
+
+def test_bytes_are_compared_once_and_again_when_they_change(copy, monkeypatch, tmp_path):
+    monkeypatch.setenv("MAMBA3_TRAIN_CACHE", str(tmp_path / "cache"))
+    hashed = []
+    sha256 = LocalFiles.sha256
+    monkeypatch.setattr(LocalFiles, "sha256", lambda self, name: hashed.append(name) or sha256(self, name))
+    verify_once(copy)
+    assert sorted(hashed) == sorted(file.name for file in read_manifest(copy).files())
+    verify_once(copy)
+    assert len(hashed) == len(read_manifest(copy).files())
+    path = copy / f"{read_manifest(copy).splits['train'][1].name}.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"corrupt shard: .*{path.name}"):
+            verify_once(copy)
+    path.write_bytes(path.read_bytes()[::-1])
+    verify_once(copy)
+    assert hashed[-3:] == [path.name] * 3
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
