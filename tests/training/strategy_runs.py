@@ -19,7 +19,7 @@ STEPS, HALF = 20, 10
 SMALL = [
     "+recipe=quickstart", "data.prepare.automatic=false", "data.validation_sequences=4", "data.sequence_length=32",
     "data.num_workers=0", "model.d_model=32", "model.d_mlp=32", "model.n_layers=3", "model.layer_pattern=MM*",
-    "model.mixer.head_dim=16", "model.mixer.d_state=8", "model.attention.n_heads=2", "model.attention.n_kv_heads=1",
+    "model.mixer.head_dim=16", "model.mixer.d_state=16", "model.attention.n_heads=2", "model.attention.n_kv_heads=1",
     "model.attention.head_dim=16", f"trainer.max_steps={STEPS}", f"schedule.total_steps={STEPS}",
     "trainer.log_every_n_steps=1", "validation.every_n_steps=0", f"checkpoint.every_n_steps={HALF}",
     "report.sample_prompt=null",

@@ -104,7 +104,7 @@ TRAVEL = {
     "32-true": dict.fromkeys(["single", "ddp"], "None / float32")
     | dict.fromkeys(["fsdp", "hsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"], "float32 / float32"),
     "bf16-mixed": dict.fromkeys(["single", "ddp"], "None / float32")
-    | dict.fromkeys(["fsdp", "hsdp"], "bfloat16 / float32")
+    | dict.fromkeys(["fsdp", "hsdp"], "float32 / float32")
     | dict.fromkeys(["deepspeed_zero1", "deepspeed_zero2"], "float32 / bfloat16")
     | {"deepspeed_zero3": "bfloat16 / bfloat16"},
 }
