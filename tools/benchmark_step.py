@@ -37,7 +37,7 @@ PARTS = {
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
     "attention": ("flash", "fmha", "attention"),
     "optimizer": ("multi_tensor", "adam", "foreach"),
-    "loss": ("softmax", "nll_loss", "cross_entropy"),
+    "loss": ("softmax", "SoftMax", "nll_loss", "cross_entropy"),
     "norms": ("rms_norm", "layer_norm", "RMSNorm", "LayerNorm"),
     "copies": ("Memcpy", "Memset", "copy_kernel", "CatArray"),
 }
