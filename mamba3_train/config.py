@@ -128,10 +128,22 @@ class TrainConfig:
     resume: Resume = Resume.auto
 
 
+@dataclass
+class PlanConfig(TrainConfig):
+    """Root of a plan's config: a training config, and where it would run."""
+
+    gpus: int = 1
+    gpus_per_node: int = 8
+    gpu: str = "h200"
+    mfu: float | None = None
+    """Share of the GPU's dense bfloat16 peak; null: what was measured on one H200."""
+
+
 def register_configs() -> None:
-    """Store the root schema, and every file of recipes/ as group `recipe`, in Hydra's ConfigStore."""
+    """Store the root schemas, and every file of recipes/ as group `recipe`, in Hydra's ConfigStore."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
+    store.store(name="plan_schema", node=PlanConfig)
     folder = shipped_folder("recipes")
     for path in sorted(folder.rglob("*.yaml")):
         group = "/".join(["recipe", *path.relative_to(folder).parts[:-1]])
