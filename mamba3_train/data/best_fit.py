@@ -17,7 +17,7 @@ import numpy as np
 from mamba3_train.data.corpus_files import LocalFiles, StoredFile
 from mamba3_train.data.packing import Rows
 from mamba3_train.data.shard_writer import publish
-from mamba3_train.data.token_shards import Manifest, Shard, TokenSplit
+from mamba3_train.data.token_shards import Manifest, Shard, TokenSplit, groups
 from mamba3_train.errors import UserError
 
 
@@ -153,19 +153,20 @@ class BestFitRows:
         boundaries = []
         numbers = np.searchsorted(self.row_starts, rows, side="right") - 1
         places = rows - self.row_starts[numbers]
-        for row, (number, place) in enumerate(zip(numbers.tolist(), places.tolist(), strict=True)):
-            stored, offsets, plan = self.split.shard(number)
-            pieces_begin = int(plan[0]) + 2
-            pieces = plan[pieces_begin:].reshape(-1, 2)
-            first, last = plan[1 + place : 3 + place]
-            for begin, size in pieces[first:last].tolist():
-                column = int(filled[row])
-                tokens[row, column : column + size] = stored[begin : begin + size]
-                filled[row] += size
-                end = begin + size
-                if size == length and offsets[np.searchsorted(offsets, end)] != end:
-                    tokens[row, length] = stored[end]  # the document goes on: its next token is the last target
-                else:
-                    boundaries.append((row, column + size))
+        for here in groups(numbers):
+            stored, offsets, plan = self.split.shard(int(numbers[here[0]]))
+            pieces = plan[int(plan[0]) + 2 :].reshape(-1, 2)
+            firsts, lasts = plan[1 + places[here]], plan[2 + places[here]]
+            for row, first, last in zip(here.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
+                column = 0
+                for begin, size in pieces[first:last].tolist():
+                    end = begin + size
+                    tokens[row, column : column + size] = stored[begin:end]
+                    column += size
+                    if size == length and offsets[np.searchsorted(offsets, end)] != end:
+                        tokens[row, length] = stored[end]  # the document goes on: its next token is the last target
+                    else:
+                        boundaries.append((row, column))
+                filled[row] = column
         found = np.array(boundaries, dtype=np.int64).reshape(-1, 2)
         return Rows(tokens, found[:, 0], found[:, 1], filled)

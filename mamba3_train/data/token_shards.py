@@ -188,7 +188,7 @@ class TokenSplit:
         while len(rows):  # once for all rows, and again for what lies in the shards that follow
             numbers = np.searchsorted(self.starts, positions, side="right") - 1
             ends = np.minimum(positions + width - columns, self.starts[numbers + 1])
-            for here in _groups(numbers):
+            for here in groups(numbers):
                 number = numbers[here[0]]
                 stored, offsets = self.shard(int(number))[:2]
                 begin, end = positions[here] - self.starts[number], ends[here] - self.starts[number]
@@ -208,7 +208,7 @@ class TokenSplit:
         return tokens, boundary_rows[inside], boundary_columns[inside]
 
 
-def _groups(values: np.ndarray) -> list[np.ndarray]:
+def groups(values: np.ndarray) -> list[np.ndarray]:
     """Places of equal values, group by group."""
     order = np.argsort(values, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
