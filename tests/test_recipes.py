@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from mamba3_train.config import compose, shipped_folder
 from mamba3_train.model import Mamba3LM
 from mamba3_train.model.cost import model_cost
-from mamba3_train.train import build_module
+from mamba3_train.training.assembly import build_module
 
 # arXiv 2603.15569, appendix; the hybrid's attention is ours.
 PARAMETERS = {

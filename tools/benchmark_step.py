@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mamba3_train.config import compose
 from mamba3_train.model.cost import model_cost
-from mamba3_train.train import build_module, build_strategy
 from mamba3_train.training import processes
+from mamba3_train.training.assembly import build_module, build_strategy
 from mamba3_train.training.hardware import choose_precision, on_gpu, peak_flops
 
 # Part of a step by words in the name of a GPU kernel; the first that matches counts.

@@ -1,0 +1,87 @@
+"""The parts of a run, made of its config: the one place where config keys meet constructors."""
+
+from pathlib import Path
+
+import lightning
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from mamba3_train.training import callbacks
+from mamba3_train.training.lightning_module import PretrainingModule
+
+
+def build_module(config: DictConfig, model_config):
+    """The Lightning module; its parameters are made when training starts."""
+    return PretrainingModule(
+        model_config,
+        kernels=config.kernels.backend,
+        optimizer=instantiate(config.optimizer),
+        schedule=instantiate(config.schedule),
+        seed=config.run.seed,
+        micro_batch_size=config.data.micro_batch_size,
+        gradient_clip_norm=config.trainer.gradient_clip_norm,
+        activation_checkpointing=config.trainer.activation_checkpointing,
+        segment_length=config.data.get("segment_length"),
+        compile=config.trainer.compile,
+    )
+
+
+def build_strategy(config: DictConfig):
+    """The Lightning strategy for the devices asked for."""
+    devices = {key: config.trainer[key] for key in ("accelerator", "devices", "num_nodes")}
+    return instantiate(config.strategy, **devices)
+
+
+def build_checkpointing(config: DictConfig, data):
+    """The callback that saves, and goes on from its `resume_from` if that is set."""
+    return callbacks.Checkpointing(
+        Path(config.run.dir) / "checkpoints",
+        every_n_steps=config.checkpoint.every_n_steps,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_n_steps=config.checkpoint.keep_every_n_steps,
+        asynchronous=config.checkpoint.asynchronous,
+        samples_per_step=data.global_batch_size,
+        config_yaml=OmegaConf.to_yaml(config, resolve=True),
+    )
+
+
+def build_logger(config: DictConfig):
+    """The logger besides metrics.jsonl, if one is chosen; it opens nothing before the first row."""
+    if not config.logger:
+        return None
+    settings = OmegaConf.to_container(config, resolve=True)
+    # Not recursively: the settings name targets, too.
+    return instantiate(config.logger, folder=config.run.dir, settings=settings, _convert_="all", _recursive_=False)
+
+
+def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpointing, profiling, loggers, console):
+    """Lightning's Trainer with our callbacks and loggers; it does the loop and nothing of saving or showing."""
+    folder, every_n_steps = Path(config.run.dir), config.trainer.log_every_n_steps
+    norms = callbacks.Norms(every_n_steps=every_n_steps, of_layers=config.trainer.log_layer_norms)
+    throughput = callbacks.Throughput(
+        every_n_steps=every_n_steps,
+        tokens_per_step=data.tokens_per_step,
+        flops_per_token=cost.training_flops_per_token,
+        norms=norms,
+    )
+    progress, preemption = callbacks.Progress(throughput, console), callbacks.Preemption(checkpointing)
+    hang_detection = callbacks.HangDetection(config.trainer.watchdog_seconds, folder)
+    checkpointing.before_waiting = hang_detection.on_save_waited_for
+    return lightning.Trainer(
+        strategy=strategy,
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        num_nodes=config.trainer.num_nodes,
+        precision=precision,
+        max_steps=config.trainer.max_steps,
+        val_check_interval=config.validation.every_n_steps or None,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=every_n_steps,
+        callbacks=[throughput, norms, checkpointing, progress, preemption, *profiling, hang_detection],
+        logger=loggers,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
