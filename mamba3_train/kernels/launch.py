@@ -35,10 +35,10 @@ class Launch(NamedTuple):
         return options if registers is None or interpreted() else options | {"maxnreg": registers}
 
 
-# By the largest d_state · head_dim they serve (the first that fits is taken): rows of a tile, heads of a pass at ranks
-# 1 and 2, and options of single kernels. (128 · 64, 16 bit) was measured; the others were only run.
+# By the largest d_state · head_dim they serve (the first that fits is taken): rows of a tile, heads of a pass at
+# ranks 1 and 2, and options of single kernels. (128 · 64, 16 bit) was measured; the others were only run.
 HALF = {
-    128 * 64: (64, 16, {"outputs": (4, 168)}),
+    128 * 64: (64, 32, {"outputs": (4, 168), "outputs_backward": (4, 168)}),
     256 * 128: (32, 8, {}),
 }
 SINGLE = {
@@ -77,7 +77,10 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: in
             f"backend 'triton' takes a chunk_size of a power of two from {least} to {largest}, got {chunk}"
         )
     return Launch(
-        chunk=chunk or largest, heads=max(1, heads // max(1, rank // 2)), forward_heads=4 * heads // rank, **options
+        chunk=chunk or largest,
+        heads=max(1, heads // max(1, rank // 2)),
+        forward_heads=max(1, 2 * heads // rank),
+        **options,
     )
 
 
@@ -89,17 +92,55 @@ def heads_in_pass(heads: int, groups: int, wanted: int) -> int:
     return per_group * max(n for n in range(1, groups + 1) if groups % n == 0 and n * per_group <= wanted)
 
 
+def programs_ahead(device: torch.device) -> int:
+    """How many programs ahead to fetch into the L2 cache: two for each multiprocessor, from Hopper on."""
+    if device.type == "meta":  # only compiled
+        return 264
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return 0
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_compiled: dict[tuple, tuple] = {}
 _checked: set[str] = set()
 
 
 def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """Launch a kernel, and the first time look at its machine code for Hopper.
 
+    A kernel once compiled for these types and options is launched past Triton's own look-up, which takes longer on the
+    host than a small kernel on the device.
+
     Raises:
         RuntimeError: the compiler built it wrong.
     """
-    compiled = kernel[grid](*args, **options)
-    if interpreted() or compiled.hash in _checked:
+    if interpreted():
+        kernel[grid](*args, **options)
+        return
+    values, types, addresses = [], [torch.cuda.current_device()], 0
+    for value in args:
+        if torch.is_tensor(value):
+            types.append(value.dtype)
+            value = value.data_ptr()
+            addresses |= value
+        else:
+            types.append(type(value))
+        values.append(value)
+    # Triton compiles for addresses divisible by 16; tensors at other addresses are its business.
+    key = (kernel.fn.__name__, *types, *options.values()) if addresses % 16 == 0 else None
+    known = _compiled.get(key)
+    if known is None:
+        compiled = kernel[grid](*args, **options)
+        _refuse_wrong_code(kernel, compiled)
+        if key is not None:
+            _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]
+        return
+    compiled, constants = known
+    compiled[(*grid, 1, 1)[:3]](*values, *constants)
+
+
+def _refuse_wrong_code(kernel, compiled) -> None:
+    if compiled.hash in _checked:
         return
     hopper_products = compiled.metadata.target.arch == 90 and "wgmma" in compiled.asm["ptx"]
     faults = wrong_descriptors(compiled.asm["sass"]) if hopper_products else []

@@ -138,7 +138,7 @@ def _triton(tensors, options, initial_state, chunk_size, keep):
             initial = state_with_look_ahead(ScanState(*(t.float() for t in initial_state)), *first, *weights)
     ids = options["document_ids"]
     ids = None if ids is None else ids.to(torch.int32)
-    out, last, _ = scan(*tensors, options["norm_weight"], ids, initial, options["norm_eps"], chunk_size or 0, keep)
+    out, last, *_ = scan(*tensors, options["norm_weight"], ids, initial, options["norm_eps"], chunk_size or 0, keep)
     return out, ScanState(last, B[:, -1], x[:, -1])
 
 

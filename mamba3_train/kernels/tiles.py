@@ -27,18 +27,130 @@ def cosine_sine(fraction, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def load_turn(phase, token, PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr, HARDWARE: tl.constexpr):
-    """Cosine and sine of each token's angle since the start of its chunk: two (rows, PAIR_BLOCK).
+def by_token(rows, CHUNK: tl.constexpr, RANK: tl.constexpr):
+    """(CHUNK · RANK, width) -> (CHUNK, RANK, width), or the same at rank 1."""
+    if RANK == 1:
+        return rows
+    else:
+        return tl.reshape(rows, (CHUNK, RANK, rows.shape[1]))
 
-    phase: (token, PAIRS) fractions of a turn.
-    """
+
+@triton.jit
+def by_row(tile, CHUNK: tl.constexpr, RANK: tl.constexpr):
+    """The way back from `by_token`."""
+    if RANK == 1:
+        return tile
+    else:
+        return tl.reshape(tile, (CHUNK * RANK, tile.shape[2]))
+
+
+@triton.jit
+def for_ranks(tokens, RANK: tl.constexpr):
+    """(CHUNK, width), the same for all ranks of a token, to fit `by_token`."""
+    if RANK == 1:
+        return tokens
+    else:
+        return tokens[:, None, :]
+
+
+@triton.jit
+def for_tokens(ranks, RANK: tl.constexpr):
+    """(RANK, width), the same for all tokens, to fit `by_token`."""
+    if RANK == 1:
+        return ranks
+    else:
+        return ranks[None, :, :]
+
+
+@triton.jit
+def load_phase(phase, PAIRS: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr):
+    """Each token's angle since the start of its chunk, from phase (CHUNK, PAIRS): (CHUNK, PAIR_BLOCK)."""
+    fraction = 0.0
+    if PAIRS > 0:
+        pair = tl.arange(0, PAIR_BLOCK)
+        at = tl.arange(0, CHUNK)[:, None] * PAIRS + pair[None, :]
+        fraction = tl.load(phase + at, mask=(pair < PAIRS)[None, :], other=0)
+    return fraction
+
+
+@triton.jit
+def turn_of(fraction, PAIRS: tl.constexpr, HARDWARE: tl.constexpr):
+    """Cosine and sine of held phases."""
     cos = 0.0
     sin = 0.0
     if PAIRS > 0:
-        pair = tl.arange(0, PAIR_BLOCK)
-        fraction = tl.load(phase + token[:, None] * PAIRS + pair[None, :], mask=(pair < PAIRS)[None, :], other=0)
-        cos, sin = cosine_sine(fraction, HARDWARE)
+        cos, sin = cosine_sine(hold(fraction, HARDWARE), HARDWARE)
     return cos, sin
+
+
+@triton.jit
+def hold(tile, HARDWARE: tl.constexpr):
+    """The same tile, used no earlier than here.
+
+    Triton moves what a load feeds (a store to shared memory, a barrier) right behind the load, so that each load waits
+    for the one before. Held once all loads of a program are issued, they are in flight together.
+    """
+    if HARDWARE:
+        pack: tl.constexpr = 32 // tile.dtype.primitive_bitwidth
+        tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tile.dtype, False, pack)
+    return tile
+
+
+@triton.jit
+def hold_parts(a0, a1, a2, PAIRS: tl.constexpr, D_STATE: tl.constexpr, HARDWARE: tl.constexpr):
+    if PAIRS > 0:
+        a0 = hold(a0, HARDWARE)
+        a1 = hold(a1, HARDWARE)
+    if D_STATE > 2 * PAIRS:
+        a2 = hold(a2, HARDWARE)
+    return a0, a1, a2
+
+
+@triton.jit
+def fetch_ahead(pointer, BYTES: tl.constexpr):
+    """Ask for BYTES (a multiple of 16) of contiguous memory to be in the L2 cache soon; needs Hopper or later."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
+        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r", [pointer.to(tl.int64), BYTES], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def fetch_tokens_ahead(x, left, CHUNK: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The same for what `load_tokens` loads."""
+    token = tl.minimum(tl.arange(0, CHUNK), left - 1)
+    address = (x + token * (HEADS * HEAD_DIM)).to(tl.int64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], tl.int32, False, 1)
+
+
+@triton.jit
+def fetch_chunk_ahead(state, rows, phase, x, z, seqlen, chunks, head_start, SLOTS, HEADS: tl.constexpr,
+                      HEADS_HERE: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
+                      RANK: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """Bring into the L2 cache what the program AHEAD of this one loads: a program has no registers to load it itself.
+
+    state: (batch, SLOTS, HEADS_HERE, P, N), rows: (batch, HEADS_HERE, padded length · RANK, P), phase, x, z; any None.
+    """
+    program = tl.minimum(tl.program_id(0) + AHEAD, tl.num_programs(0) - 1)
+    chunk = program // HEADS_HERE
+    here = program % HEADS_HERE
+    batch = tl.program_id(1).to(tl.int64)
+    left = seqlen - chunk * CHUNK
+    head = head_start + here
+    tokens = ((batch * seqlen + chunk * CHUNK) * HEADS + head) * HEAD_DIM
+    if state is not None:
+        bytes: tl.constexpr = HEAD_DIM * D_STATE * state.dtype.element_ty.primitive_bitwidth // 8
+        fetch_ahead(state + ((batch * SLOTS + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE), bytes)
+    if rows is not None:
+        row_bytes: tl.constexpr = CHUNK * RANK * HEAD_DIM * rows.dtype.element_ty.primitive_bitwidth // 8
+        fetch_ahead(rows + ((batch * HEADS_HERE + here) * chunks + chunk) * (CHUNK * RANK * HEAD_DIM), row_bytes)
+    if PAIRS % 8 == 0 and PAIRS > 0:
+        phase_bytes: tl.constexpr = CHUNK * PAIRS * phase.dtype.element_ty.primitive_bitwidth // 8
+        fetch_ahead(phase + ((batch * HEADS + head) * chunks + chunk) * (CHUNK * PAIRS), phase_bytes)
+    fetch_tokens_ahead(x + tokens, left, CHUNK, HEADS, HEAD_DIM)
+    if z is not None:
+        fetch_tokens_ahead(z + tokens, left, CHUNK, HEADS, HEAD_DIM)
 
 
 @triton.jit
@@ -80,38 +192,45 @@ def load_rows(rows, row, valid, D_STATE: tl.constexpr, STRIDE: tl.constexpr, PAI
 
 
 @triton.jit
-def add_bias(part, bias, rank, start, width, D_STATE: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr):
-    """Widen columns start … start + width of B or C to float32 and add their bias, if there is one."""
-    part = part.to(tl.float32)
+def load_bias(bias, head, D_STATE: tl.constexpr, PAIRS: tl.constexpr, RANK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
+              REST_BLOCK: tl.constexpr):  # fmt: skip
+    """A head's bias of B or C in three parts, (RANK, width); 0.0 without a bias."""
+    first = 0.0
+    second = 0.0
+    rest = 0.0
     if bias is not None:
-        column = tl.arange(0, BLOCK)
-        if RANK == 1:
-            part += tl.load(bias + start + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-        else:
-            at = bias + rank[:, None] * D_STATE + (start + column)[None, :]
-            part += tl.load(at, mask=(column < width)[None, :], other=0.0).to(tl.float32)
-    return part
+        rank = tl.arange(0, RANK)
+        first, second, rest = load_rows(
+            bias + head * (RANK * D_STATE), rank, rank >= 0, D_STATE, D_STATE, PAIRS, PAIR_BLOCK, REST_BLOCK
+        )
+    return first, second, rest
 
 
 @triton.jit
-def rotate_rows(first, second, rest, bias, rank, cos, sin, scale, dtype: tl.constexpr, D_STATE: tl.constexpr,
-                PAIRS: tl.constexpr, RANK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
-                REST_BLOCK: tl.constexpr):  # fmt: skip
-    """Rows of B or C biased, turned by their phase and scaled, as three parts in `dtype`; scale: (rows,) or None."""
+def rotate_rows(a0, a1, a2, b0, b1, b2, cos, sin, scale, BIAS: tl.constexpr, dtype: tl.constexpr, PAIRS: tl.constexpr,
+                D_STATE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
+    """Rows a of B or C plus their bias b, turned and scaled, as three parts in `dtype`; scale: (CHUNK,) or None."""
     if PAIRS > 0:
         if scale is not None:
             cos *= scale[:, None]
             sin *= scale[:, None]
-        a = add_bias(first, bias, rank, 0, PAIRS, D_STATE, RANK, PAIR_BLOCK)
-        b = add_bias(second, bias, rank, PAIRS, PAIRS, D_STATE, RANK, PAIR_BLOCK)
-        first = (a * cos - b * sin).to(dtype)
-        second = (a * sin + b * cos).to(dtype)
+        cos = for_ranks(cos, RANK)
+        sin = for_ranks(sin, RANK)
+        first = by_token(a0, CHUNK, RANK).to(tl.float32)
+        second = by_token(a1, CHUNK, RANK).to(tl.float32)
+        if BIAS:
+            first += for_tokens(b0, RANK)
+            second += for_tokens(b1, RANK)
+        a0 = by_row((first * cos - second * sin).to(dtype), CHUNK, RANK)
+        a1 = by_row((first * sin + second * cos).to(dtype), CHUNK, RANK)
     if D_STATE > 2 * PAIRS:
-        rest = add_bias(rest, bias, rank, 2 * PAIRS, D_STATE - 2 * PAIRS, D_STATE, RANK, REST_BLOCK)
+        rest = by_token(a2, CHUNK, RANK).to(tl.float32)
+        if BIAS:
+            rest += for_tokens(b2, RANK)
         if scale is not None:
-            rest *= scale[:, None]
-        rest = rest.to(dtype)
-    return first, second, rest
+            rest *= for_ranks(scale[:, None], RANK)
+        a2 = by_row(rest.to(dtype), CHUNK, RANK)
+    return a0, a1, a2
 
 
 @triton.jit
@@ -197,46 +316,54 @@ def rotation_gradients(v0, v1, v2, d0, d1, d2, PAIRS: tl.constexpr, D_STATE: tl.
 
 
 @triton.jit
-def rotate_back(d0, d1, phase, token, PAIRS: tl.constexpr, PAIR_BLOCK: tl.constexpr, HARDWARE: tl.constexpr):
+def rotate_back(d0, d1, cos, sin, PAIRS: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr):
     """Gradients of rotated rows, turned back into gradients of the rows before rotation."""
     if PAIRS > 0:
-        cos, sin = load_turn(phase, token, PAIRS, PAIR_BLOCK, HARDWARE)
+        d0 = by_token(d0, CHUNK, RANK)
+        d1 = by_token(d1, CHUNK, RANK)
+        cos = for_ranks(cos, RANK)
+        sin = for_ranks(sin, RANK)
         first = d0 * cos + d1 * sin
-        d1 = d1 * cos - d0 * sin
-        d0 = first
+        d1 = by_row(d1 * cos - d0 * sin, CHUNK, RANK)
+        d0 = by_row(first, CHUNK, RANK)
     return d0, d1
 
 
 @triton.jit
-def pair_weights(log_decay_t, key_log_s, diagonal_t, t, s, id_t, id_s, DOCUMENTS: tl.constexpr,
-                 HARDWARE: tl.constexpr):  # fmt: skip
-    """Weight of key s in the output of t: decay · f_s for earlier tokens of t's document, γ_t for t itself.
+def weigh_pairs(pairs, log_decay_t, key_log_s, diagonal_t, t, s, id_t, id_s, DOCUMENTS: tl.constexpr,
+                HARDWARE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
+    """(rows, rows) products of queries and keys times the weight of key s in the output of t, given by token.
 
-    The key scale sits in key_log = log2(decay) − log2(f), so it costs no product, and f = 0 gives exp2(−∞) = 0.
+    The weight is decay · f_s for earlier tokens of t's document and γ_t for t itself. The key scale sits in key_log =
+    log2(decay) − log2(f), so it costs no product, and f = 0 gives exp2(−∞) = 0.
     """
     earlier = s < t
     if DOCUMENTS:
         earlier &= id_s == id_t
-    return tl.where(earlier, exp2(log_decay_t - key_log_s, HARDWARE), tl.where(s == t, diagonal_t, 0.0))
-
-
-@triton.jit
-def load_per_rank(weights, rank, RANK: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """One head's (RANK, HEAD_DIM) weights, spread to the rows of a tile (one row for all where RANK is 1)."""
-    column = tl.arange(0, HEAD_DIM)
+    weight = tl.where(earlier, exp2(log_decay_t - key_log_s, HARDWARE), tl.where(s == t, diagonal_t, 0.0))
     if RANK == 1:
-        return tl.load(weights + column).to(tl.float32)[None, :]
+        return pairs * weight
     else:
-        return tl.load(weights + rank[:, None] * HEAD_DIM + column[None, :]).to(tl.float32)
+        weighed = tl.reshape(pairs, (CHUNK, RANK, CHUNK, RANK)) * weight[:, None, :, None]
+        return tl.reshape(weighed, (CHUNK * RANK, CHUNK * RANK))
 
 
 @triton.jit
-def sum_ranks(rows, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
-    """(CHUNK · RANK, WIDTH) -> (CHUNK, WIDTH)."""
+def load_ranks(weights, head, RANK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """One head's (RANK, HEAD_DIM) weights in float32."""
+    at = tl.arange(0, RANK)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    return tl.load(weights + head * (RANK * HEAD_DIM) + at).to(tl.float32)
+
+
+@triton.jit
+def sum_ranks(rows, CHUNK: tl.constexpr, RANK: tl.constexpr):
+    """(CHUNK · RANK, width) -> (CHUNK, width), or one number a row -> one a token."""
     if RANK == 1:
         return rows
+    elif len(rows.shape) == 1:
+        return tl.sum(tl.reshape(rows, (CHUNK, RANK)), axis=1)
     else:
-        return tl.sum(tl.reshape(rows, (CHUNK, RANK, WIDTH)), axis=1)
+        return tl.sum(tl.reshape(rows, (CHUNK, RANK, rows.shape[1])), axis=1)
 
 
 @triton.jit
@@ -257,16 +384,16 @@ def load_ids(document_ids, start, token, left):
 
 
 @triton.jit
-def load_tokens(x, token, valid, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Each row's token of one head of a (tokens, HEADS, P) tensor: (rows, P)."""
-    column = tl.arange(0, HEAD_DIM)
-    return tl.load(x + token[:, None] * (HEADS * HEAD_DIM) + column[None, :], mask=valid[:, None], other=0.0)
+def load_tokens(x, left, CHUNK: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """A chunk's tokens of one head of a (tokens, HEADS, P) tensor: (CHUNK, P), zero past the sequence's end."""
+    token = tl.arange(0, CHUNK)[:, None]
+    return tl.load(x + token * (HEADS * HEAD_DIM) + tl.arange(0, HEAD_DIM)[None, :], mask=token < left, other=0.0)
 
 
 @triton.jit
-def weigh_values(x, mimo_x, rank, RANK: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Rows of x times mimo_x, where there is one, in x's dtype."""
-    if mimo_x is not None:
-        return (x.to(tl.float32) * load_per_rank(mimo_x, rank, RANK, HEAD_DIM)).to(x.dtype)
+def weigh_values(x, mimo_x, MIMO: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr):
+    """Rows of x times mimo_x, where there is one, in x's dtype: (rows, P)."""
+    if MIMO:
+        return by_row((for_ranks(x.to(tl.float32), RANK) * for_tokens(mimo_x, RANK)).to(x.dtype), CHUNK, RANK)
     else:
         return x

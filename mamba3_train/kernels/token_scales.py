@@ -13,7 +13,10 @@ length padded to whole chunks; padding has f = diagonal = 0 and the last log dec
 import triton
 import triton.language as tl
 
+from mamba3_train.kernels.tiles import hold
+
 HEAD_BLOCK = 16
+HEADS_AHEAD = 4  # heads whose gradients by phase are in flight together
 HEAD_SPLIT = 4  # programs that share the rotation of a block's heads
 
 
@@ -136,13 +139,14 @@ def token_scales_kernel(
                 tl.store(to, turns.to(phase.dtype.element_ty), mask=(pair < PAIRS)[None, :] & inside[:, None])
 
 
-@triton.jit(do_not_specialize=["seqlen", "chunks"])
+@triton.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
 def token_scales_backward_kernel(
     dt, A, trap, angles, document_ids, key_inner, query_inner, d_diagonal, d_phase, state_inner, d_chunk_turn,
-    d_dt, d_A, d_trap, d_angles, seqlen, chunks,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
-    FIXED_ANGLES: tl.constexpr, EXACT: tl.constexpr, HEAD_BLOCK: tl.constexpr, INITIAL_STATE: tl.constexpr,
-    INNER_PARTS: tl.constexpr, TURN_PARTS: tl.constexpr,
+    d_dt, d_A, d_trap, d_angles, seqlen, chunks, head_start,
+    HEADS: tl.constexpr, HEADS_HERE: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr,
+    TOKEN_BLOCK: tl.constexpr, PAIR_BLOCK: tl.constexpr, FIXED_ANGLES: tl.constexpr, EXACT: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr, INITIAL_STATE: tl.constexpr, INNER_PARTS: tl.constexpr, TURN_PARTS: tl.constexpr,
+    HEADS_AHEAD: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of dt, A, trap and angles from those of the scales.
 
@@ -150,20 +154,22 @@ def token_scales_backward_kernel(
     decay, because a decay scales every product of an earlier key with a later query. The key's off-diagonal part is
     f · df. state_inner: ⟨S, dS⟩ at each chunk's end, in INNER_PARTS (a power of two) partial sums: it counts for every
     decay of the chunk's last document. d_phase, d_chunk_turn: the same for the angle, in TURN_PARTS.
-    d_angles: one (batch, seqlen, PAIRS) a head block.
+    Of one pass's heads; d_phase: (batch, HEADS_HERE, padded length, PAIRS). d_angles: one (batch, seqlen, PAIRS) a pass
+    and head block.
     """
     DOCUMENTS: tl.constexpr = document_ids is not None
-    blocks: tl.constexpr = (HEADS + HEAD_BLOCK - 1) // HEAD_BLOCK
+    blocks: tl.constexpr = (HEADS_HERE + HEAD_BLOCK - 1) // HEAD_BLOCK
     chunk = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     batch = tl.program_id(1).to(tl.int64)
     start = batch * seqlen
     length = chunks * CHUNK
-    head = block * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    head = head_start + block * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    end = head_start + HEADS_HERE
     token = chunk * CHUNK + tl.arange(0, TOKEN_BLOCK)
     inside = tl.arange(0, TOKEN_BLOCK) < CHUNK  # a chunk is padded to the 16 rows a product needs
     counts = inside & (token < seqlen)
-    valid = counts[:, None] & (head < HEADS)[None, :]
+    valid = counts[:, None] & (head < end)[None, :]
     at = (start + token)[:, None] * HEADS + head[None, :]
     scratch = (batch * HEADS + head)[None, :] * length + token[:, None]
     summing = tl.trans(_inside_document(document_ids, start, token, seqlen, DOCUMENTS))
@@ -173,7 +179,7 @@ def token_scales_backward_kernel(
         goes_on &= token > 0
 
     part = ((batch * HEADS + head)[:, None] * chunks + chunk) * INNER_PARTS + tl.arange(0, INNER_PARTS)[None, :]
-    at_end = tl.load(state_inner + part, mask=(head < HEADS)[:, None], other=0.0)
+    at_end = tl.load(state_inner + part, mask=(head < end)[:, None], other=0.0)
     keys = tl.load(key_inner + scratch, mask=valid, other=0.0)
     # [C, C] @ [C, heads] -> [C, heads]
     d_log = _sum(summing, tl.load(query_inner + scratch, mask=valid, other=0.0) - keys, True)
@@ -217,28 +223,37 @@ def token_scales_backward_kernel(
             logits = tl.load(angles + here, mask=known, other=0.0).to(tl.float32)
             turn = 3.141592653589793 * (2 * tl.sigmoid(2 * logits) - 1)
         total = tl.zeros((TOKEN_BLOCK, PAIR_BLOCK), tl.float32)
-        for i in range(HEAD_BLOCK):
-            this = block * HEAD_BLOCK + i
-            if this < HEADS:
+        piece = tl.arange(0, TURN_PARTS)[:, None] * PAIRS + pair[None, :]
+        for i in range(0, HEAD_BLOCK, HEADS_AHEAD):
+            tiles = ()
+            for j in tl.static_range(HEADS_AHEAD):
+                this = head_start + block * HEAD_BLOCK + i + j
                 of_head = batch * HEADS + this
-                by_phase = tl.load(d_phase + (of_head * length + token)[:, None] * PAIRS + pair[None, :], mask=known,
-                                   other=0.0)  # fmt: skip
-                piece = (of_head * chunks + chunk) * TURN_PARTS + tl.arange(0, TURN_PARTS)
-                by_end = tl.load(d_chunk_turn + piece[:, None] * PAIRS + pair[None, :], mask=(pair < PAIRS)[None, :],
-                                 other=0.0)  # fmt: skip
+                of_pass = batch * HEADS_HERE + this - head_start
+                by_phase = tl.load(d_phase + (of_pass * length + token)[:, None] * PAIRS + pair[None, :],
+                                   mask=known & (this < end), other=0.0)  # fmt: skip
+                by_end = tl.load(d_chunk_turn + (of_head * chunks + chunk) * (TURN_PARTS * PAIRS) + piece,
+                                 mask=(pair < PAIRS)[None, :] & (this < end), other=0.0)  # fmt: skip
+                step_of_head = tl.load(dt + (start + token) * HEADS + this, mask=counts & (this < end), other=0.0)
+                tiles = tiles + ((by_phase, by_end, step_of_head),)  # noqa: RUF005
+            for j in tl.static_range(HEADS_AHEAD):
+                by_phase, by_end, step_of_head = tiles[j]
                 # [C, C] @ [C, S] -> [C, S]
-                d_turn = _sum(summing, by_phase, EXACT)
+                d_turn = _sum(summing, hold(by_phase, HARDWARE), EXACT)
                 d_turn += tl.where(in_last[:, None], tl.sum(by_end, axis=0)[None, :], 0.0)
                 d_turn = tl.where(goes_on[:, None], d_turn, 0.0)
                 if FIXED_ANGLES:
                     total += tl.where(known, d_turn, 0.0)
                 else:
-                    step_of_head = tl.load(dt + (start + token) * HEADS + this, mask=counts, other=0.0)
                     total += d_turn * step_of_head.to(tl.float32)[:, None]
                     from_turn = tl.sum(turn * d_turn, axis=1)
-                    d_step += tl.where((tl.arange(0, HEAD_BLOCK) == i)[None, :], from_turn[:, None], 0.0)
+                    d_step += tl.where((tl.arange(0, HEAD_BLOCK) == i + j)[None, :], from_turn[:, None], 0.0)
         if not FIXED_ANGLES:  # d tanh = 1 − tanh²
             total *= 3.141592653589793 - turn * turn * 0.3183098861837907
-        out = d_angles + block * (tl.num_programs(1).to(tl.int64) * seqlen * PAIRS) + here
+        out = (
+            d_angles
+            + (head_start // HEADS_HERE * blocks + block) * (tl.num_programs(1).to(tl.int64) * seqlen * PAIRS)
+            + here
+        )
         tl.store(out, total, mask=known)
     tl.store(d_dt + at, d_step.to(d_dt.dtype.element_ty), mask=valid)

@@ -14,10 +14,15 @@ _COUNT = len(_INPUTS.split(","))
 _DOCUMENT_IDS = 15
 
 
+# log_decay, key_log, diagonal, chunk_decay, phase and y; empty where nothing is kept. Single tensors: a list of them
+# would cost autograd about as much time on the host as the kernels take on the device.
+_KEPT = 6
+
+
 @torch.library.custom_op(
     "mamba3_train::scan",
     mutates_args=(),
-    schema=f"({_INPUTS}, float norm_eps, int chunk, bool keep) -> (Tensor, Tensor, Tensor[])",
+    schema=f"({_INPUTS}, float norm_eps, int chunk, bool keep) -> ({', '.join(['Tensor'] * (2 + _KEPT))})",
 )
 def scan(*arguments):
     """Outputs, last state, and what is kept for the backward: the per-token scales and, at rank 1, y.
@@ -28,7 +33,8 @@ def scan(*arguments):
 
     *tensors, norm_eps, chunk, keep = arguments
     out, last, kept = scan_forward(_contiguous(tensors), norm_eps, keep, chunk)
-    return out, last, [*kept.scales, *([] if kept.y is None else [kept.y])] if keep else []
+    kept = (*kept.scales, kept.y) if keep else [None] * _KEPT
+    return out, last, *(out.new_empty(0) if tensor is None else tensor for tensor in kept)
 
 
 @scan.register_fake
@@ -38,12 +44,12 @@ def _(*arguments):
     *tensors, _, chunk, keep = arguments
     inputs = Inputs(*tensors)
     x, d_state = inputs.x, inputs.B.shape[-1]
-    kept = []
+    kept = [x.new_empty(0) for _ in range(_KEPT)]
     if keep:
-        kept = [x.new_empty(shape, dtype=dtype) for shape, dtype in scale_shapes(Sizes.of(inputs, chunk))]
-        kept += [x.new_empty(x.shape)] if keeps_y(inputs) else []
+        kept[:5] = [x.new_empty(shape, dtype=dtype) for shape, dtype in scale_shapes(Sizes.of(inputs, chunk))]
+        kept[5] = x.new_empty(x.shape if keeps_y(inputs) else 0)
     last = x.new_empty((x.shape[0], x.shape[2], x.shape[3], d_state), dtype=torch.float32)
-    return x.new_empty(x.shape), last, kept
+    return x.new_empty(x.shape), last, *kept
 
 
 @torch.library.custom_op(
@@ -56,10 +62,10 @@ def scan_backward(d_out, d_last, *arguments):
     from mamba3_train.kernels.triton_scan import Kept, Scales, scan_backward
 
     *tensors, kept, norm_eps, chunk = arguments
-    if kept:
-        kept = Kept(Scales(*kept[:5]), kept[5] if len(kept) > 5 else None)
+    *scales, y = kept
+    kept = Kept(Scales(*scales), y if y.numel() else None) if scales[0].numel() else None
     d_last = None if d_last is None else d_last.contiguous()
-    grads = scan_backward(_contiguous(tensors), norm_eps, d_out.contiguous(), d_last, kept or None, chunk)
+    grads = scan_backward(_contiguous(tensors), norm_eps, d_out.contiguous(), d_last, kept, chunk)
     return [grad for grad in grads if grad is not None]
 
 
@@ -71,11 +77,11 @@ def _(d_out, d_last, *arguments):
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.norm_eps, ctx.chunk, _ = inputs
-    ctx.save_for_backward(*tensors, *output[2])
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
 
 
-def _backward(ctx, d_out, d_last, _):
+def _backward(ctx, d_out, d_last, *_):
     saved = ctx.saved_tensors  # once: reading it again would recompute a checkpointed forward again
     tensors, kept = saved[:_COUNT], saved[_COUNT:]
     if d_out is None:

@@ -23,7 +23,7 @@ from mamba3_train.kernels import (
     state_passing,
     token_scales,
 )
-from mamba3_train.kernels.launch import Launch, choose, heads_in_pass, interpreted, run
+from mamba3_train.kernels.launch import Launch, choose, heads_in_pass, interpreted, programs_ahead, run
 
 
 class Inputs(NamedTuple):
@@ -121,10 +121,11 @@ class Sizes:
     def chunk_constants(self) -> dict:
         """Compile-time arguments that the chunk kernels share."""
         return {
-            "HEADS": self.heads, "GROUPS": self.groups, "HEAD_DIM": self.head_dim, "D_STATE": self.d_state,
-            "PAIRS": self.pairs, "RANK": self.rank, "CHUNK": self.launch.chunk, "PAIR_BLOCK": self.pair_block,
+            "HEADS": self.heads, "HEADS_HERE": self.heads_here, "GROUPS": self.groups, "HEAD_DIM": self.head_dim,
+            "D_STATE": self.d_state, "PAIRS": self.pairs, "RANK": self.rank, "CHUNK": self.launch.chunk,
+            "PAIR_BLOCK": self.pair_block,
             "REST_BLOCK": max(16, triton.next_power_of_2(self.d_state - 2 * self.pairs)),
-            "HARDWARE": self.hardware,
+            "HARDWARE": self.hardware, "AHEAD": programs_ahead(self.device) if self.hardware else 0,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
 
@@ -183,7 +184,7 @@ def scan_forward(
         run(
             chunk_output.chunk_outputs_kernel, sizes.chunk_grid(),
             *_rows_arguments(inputs), *scales[:3], scales.phase, before, out, kept_y, *[None] * 6, norm_eps,
-            sizes.seqlen, sizes.chunks, head, sizes.heads_here,
+            sizes.seqlen, sizes.chunks, head,
             **sizes.chunk_constants, **sizes.launch.options("outputs"),
         )  # fmt: skip
     return out, last, Kept(scales, kept_y)
@@ -204,24 +205,28 @@ def scan_backward(
     kept = kept or Kept(compute_scales(sizes, inputs), None)
     batch, heads, pairs, padded, chunks = sizes.batch, sizes.heads, sizes.pairs, sizes.padded, sizes.chunks
     per_token = (batch, heads, padded)
+    angle_parts = len(sizes.passes()) * triton.cdiv(sizes.heads_here, token_scales.HEAD_BLOCK)
     grads = {
         "x": torch.empty_like(inputs.x),
         "z": None if inputs.z is None else torch.empty_like(inputs.z),
-        "B": sizes.empty(*inputs.B.shape),
-        "C": sizes.empty(*inputs.C.shape),
+        "B": sizes.empty(*inputs.B.shape), "C": sizes.empty(*inputs.C.shape),
         "initial": None if inputs.initial is None else torch.empty_like(inputs.initial),
-    }
+        "dt": torch.empty_like(inputs.dt), "A": torch.empty_like(inputs.A),
+        "trap": None if inputs.trap is None else torch.empty_like(inputs.trap),
+        "angles": sizes.empty(angle_parts, batch, sizes.seqlen, pairs),
+    }  # fmt: skip
     inner = torch.empty_like if sizes.inner_parts == sizes.passing_programs else torch.zeros_like
     scale_grads = {
         "query_inner": sizes.empty(*per_token), "key_inner": sizes.empty(*per_token),
-        "d_diagonal": sizes.empty(*per_token), "d_phase": sizes.empty(*per_token, pairs),
+        "d_diagonal": sizes.empty(*per_token), "d_phase": sizes.empty(batch, sizes.heads_here, padded, pairs),
         "state_inner": inner(sizes.empty(batch, heads, chunks, sizes.inner_parts)),
         "d_chunk_turn": sizes.empty(batch, heads, chunks, sizes.head_dim // state_passing.ROWS, pairs),
     }  # fmt: skip
     partial = _partial_sums(sizes, inputs)
     for head in sizes.passes():
         _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, scale_grads, partial)
-    grads |= _scales_backward(sizes, inputs, scale_grads)
+    fixed_angles = inputs.angles is not None and inputs.angles.dim() == 1
+    grads["angles"] = None if inputs.angles is None else grads["angles"].sum((0, 1, 2) if fixed_angles else 0)
     grads |= {name: None if tensor is None else tensor.sum((0, 1)) for name, tensor in partial.items()}
     grads["document_ids"] = None
     ordered = (grads[name] for name in Inputs._fields)
@@ -231,7 +236,7 @@ def scan_backward(
 def compute_scales(sizes: Sizes, inputs: Inputs) -> Scales:
     """Stage 1, all heads at once."""
     scales = Scales(*(sizes.empty(*shape, dtype=dtype) for shape, dtype in scale_shapes(sizes)))
-    programs, batch = _scales_grid(sizes)
+    programs, batch = _scales_grid(sizes, sizes.heads)
     run(
         token_scales.token_scales_kernel, (programs * token_scales.HEAD_SPLIT, batch),
         *_scales_arguments(inputs), *scales, sizes.seqlen, sizes.chunks, **_scales_constants(sizes, inputs),
@@ -260,7 +265,7 @@ def local_states(sizes: Sizes, inputs: Inputs, scales: Scales, head: int) -> Ten
     run(
         chunk_state.chunk_states_kernel, sizes.chunk_grid(),
         inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.log_decay, scales.key_log,
-        scales.phase, local, sizes.seqlen, sizes.chunks, head, sizes.heads_here,
+        scales.phase, local, sizes.seqlen, sizes.chunks, head,
         **sizes.chunk_constants, **sizes.launch.options("states"),
     )  # fmt: skip
     return local
@@ -286,7 +291,7 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
     constants = sizes.chunk_constants
     gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"])
-    place = (sizes.seqlen, sizes.chunks, head, sizes.heads_here)
+    place = (sizes.seqlen, sizes.chunks, head)
     if kept.y is None:
         run(
             chunk_output.chunk_outputs_kernel, sizes.chunk_grid(),
@@ -298,7 +303,7 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
         run(
             gate.gate_backward_kernel, sizes.chunk_grid(),
             kept.y, inputs.z, inputs.mimo_z, inputs.mimo_o, *gate_grads, *place,
-            HEADS=sizes.heads, HEAD_DIM=sizes.head_dim, CHUNK=sizes.launch.chunk,
+            HEADS=sizes.heads, HEADS_HERE=sizes.heads_here, HEAD_DIM=sizes.head_dim, CHUNK=sizes.launch.chunk,
             HARDWARE=sizes.hardware, num_warps=4,
         )  # fmt: skip
     d_local, d_queries = sizes.state_slots(sizes.chunks), sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
@@ -329,6 +334,7 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
         **constants, **sizes.launch.options("keys"),
     )  # fmt: skip
     _sum_heads(sizes, d_keys, grads["B"], partial["B_bias"], head)
+    _scales_backward(sizes, inputs, head, grads, scale_grads)
 
 
 def _sum_heads(sizes: Sizes, per_head: Tensor, total: Tensor, d_bias: Tensor | None, head: int) -> None:
@@ -342,21 +348,17 @@ def _sum_heads(sizes: Sizes, per_head: Tensor, total: Tensor, d_bias: Tensor | N
     )  # fmt: skip
 
 
-def _scales_backward(sizes: Sizes, inputs: Inputs, scale_grads: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """Gradients of dt, A, trap and angles."""
-    blocks = triton.cdiv(sizes.heads, token_scales.HEAD_BLOCK)
-    d_dt, d_A = torch.empty_like(inputs.dt), torch.empty_like(inputs.A)
-    d_trap = None if inputs.trap is None else torch.empty_like(inputs.trap)
-    d_angles = sizes.empty(blocks, sizes.batch, sizes.seqlen, sizes.pairs)
+def _scales_backward(sizes: Sizes, inputs: Inputs, head: int, grads: dict, scale_grads: dict[str, Tensor]) -> None:
+    """Gradients of dt, A, trap and, one part a pass and head block, angles."""
     names = ("key_inner", "query_inner", "d_diagonal", "d_phase", "state_inner", "d_chunk_turn")
     run(
-        token_scales.token_scales_backward_kernel, _scales_grid(sizes),
-        *_scales_arguments(inputs), *(scale_grads[name] for name in names), d_dt, d_A, d_trap, d_angles, sizes.seqlen,
-        sizes.chunks, **_scales_constants(sizes, inputs), INITIAL_STATE=inputs.initial is not None,
-        INNER_PARTS=sizes.inner_parts, TURN_PARTS=sizes.head_dim // state_passing.ROWS, num_warps=4,
+        token_scales.token_scales_backward_kernel, _scales_grid(sizes, sizes.heads_here),
+        *_scales_arguments(inputs), *(scale_grads[name] for name in names),
+        *(grads[name] for name in ("dt", "A", "trap", "angles")), sizes.seqlen, sizes.chunks, head,
+        **_scales_constants(sizes, inputs), HEADS_HERE=sizes.heads_here, INITIAL_STATE=inputs.initial is not None,
+        INNER_PARTS=sizes.inner_parts, TURN_PARTS=sizes.head_dim // state_passing.ROWS,
+        HEADS_AHEAD=1 if interpreted() else token_scales.HEADS_AHEAD, HARDWARE=sizes.hardware, num_warps=4,
     )  # fmt: skip
-    d_angles = None if inputs.angles is None else d_angles.sum((0, 1, 2) if inputs.angles.dim() == 1 else 0)
-    return {"dt": d_dt, "A": d_A, "trap": d_trap, "angles": d_angles}
 
 
 def _partial_sums(sizes: Sizes, inputs: Inputs) -> dict[str, Tensor | None]:
@@ -384,8 +386,8 @@ def _scales_arguments(inputs: Inputs) -> tuple:
     return inputs.dt, inputs.A, inputs.trap, inputs.angles, inputs.document_ids
 
 
-def _scales_grid(sizes: Sizes) -> tuple[int, int]:
-    return sizes.chunks * triton.cdiv(sizes.heads, token_scales.HEAD_BLOCK), sizes.batch
+def _scales_grid(sizes: Sizes, heads: int) -> tuple[int, int]:
+    return sizes.chunks * triton.cdiv(heads, token_scales.HEAD_BLOCK), sizes.batch
 
 
 def _scales_constants(sizes: Sizes, inputs: Inputs) -> dict:
