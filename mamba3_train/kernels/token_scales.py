@@ -16,8 +16,12 @@ import triton.language as tl
 from mamba3_train.kernels.tiles import hold
 
 HEAD_BLOCK = 16
-HEADS_AHEAD = 4  # heads whose gradients by phase are in flight together
 HEAD_SPLIT = 4  # programs that share the rotation of a block's heads
+
+
+def heads_ahead(pair_block: int) -> int:
+    """How many heads' gradients by phase are in flight together: as many as take 72 KiB of shared memory."""
+    return max(1, 128 // pair_block)
 
 
 @triton.jit

@@ -357,7 +357,7 @@ def _scales_backward(sizes: Sizes, inputs: Inputs, head: int, grads: dict, scale
         *(grads[name] for name in ("dt", "A", "trap", "angles")), sizes.seqlen, sizes.chunks, head,
         **_scales_constants(sizes, inputs), HEADS_HERE=sizes.heads_here, INITIAL_STATE=inputs.initial is not None,
         INNER_PARTS=sizes.inner_parts, TURN_PARTS=sizes.head_dim // state_passing.ROWS,
-        HEADS_AHEAD=1 if interpreted() else token_scales.HEADS_AHEAD, HARDWARE=sizes.hardware, num_warps=4,
+        HEADS_AHEAD=token_scales.heads_ahead(sizes.pair_block), HARDWARE=sizes.hardware, num_warps=4,
     )  # fmt: skip
 
 
