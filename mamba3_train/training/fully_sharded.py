@@ -24,6 +24,10 @@ class FullySharded(ModelParallelStrategy):
         """Where shards rest between their uses."""
         return torch.device("cpu") if self.cpu_offload else self.root_device
 
+    def model_to_device(self) -> None:
+        """Where shards rest; Lightning would move them to the device that computes."""
+        self.model.to(self.storage_device)
+
     def shard(self, model: nn.Module) -> None:
         """Shard a model on meta: every layer by itself, and what is left together at the root.
 

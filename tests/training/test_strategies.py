@@ -14,6 +14,7 @@ from strategy_runs import STEPS, STRATEGIES
 from mamba3_train.checkpoint import sharded
 from mamba3_train.errors import UserError
 from mamba3_train.training import strategies
+from mamba3_train.training.fully_sharded import FullySharded
 
 WORKER = Path(__file__).with_name("strategy_runs.py")
 PAIRS = [f"{a}-then-{b}" for a, b in itertools.pairwise(("single", *STRATEGIES))]
@@ -120,6 +121,15 @@ def test_dtypes_and_decay(strategy, precision, runs):
     golden |= {f"layers.mixer.{name}": f"float32 / {rest} / float32 / 0.0" for name in DYNAMICS}
     golden |= {f"{name}.weight": f"float32 / {rest} / float32 / 0.0" for name in NORMS}
     assert json.loads((runs / precision / strategy / "audit.json").read_text()) == golden
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_offloaded_shards_stay_in_host_memory(cpu_offload, monkeypatch):
+    strategy = FullySharded("gloo", 2, 1, reshard_after_forward=True, cpu_offload=cpu_offload)
+    monkeypatch.setattr(FullySharded, "root_device", torch.device("meta"))
+    strategy.model = torch.nn.Linear(2, 2)
+    strategy.model_to_device()
+    assert next(strategy.model.parameters()).device.type == ("cpu" if cpu_offload else "meta")
 
 
 def test_one_device_needs_no_strategy():
