@@ -1,0 +1,62 @@
+"""Numbers that the documents show are those that were recorded."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+
+
+def kernels():
+    """(rank, batch, seqlen) → recorded row of the scan."""
+    rows = json.loads((RESULTS / "benchmark_kernels_h200.json").read_text())["rows"]
+    ours = (row for row in rows if row["kernel"].startswith("triton rank "))
+    return {(int(row["kernel"].split()[-1]), row["batch"], row["seqlen"]): row for row in ours}
+
+
+def table(document, pattern):
+    """Matches of a table's rows in a document, thousands without commas."""
+    found = re.findall(pattern, (ROOT / document).read_text().replace(",", ""), re.MULTILINE)
+    assert found, f"no such table in {document}"
+    return found
+
+
+CASE = r"^\| (?:SISO|MIMO R = (\d)) (\d+) × (\d+) "
+
+
+def test_the_scan_in_the_readme():
+    for rank, batch, seqlen, ms, mib in table("README.md", CASE + r"\| ([\d.]+) \| [\d.]+ \| (\d+) \|"):
+        row = kernels()[int(rank or 1), int(batch), int(seqlen)]
+        assert float(ms) == pytest.approx(row["sum_ms"], abs=0.051)
+        assert int(mib) == row["peak_mib"]
+
+
+def test_the_scan_in_its_own_document():
+    cells = r"\| ([\d.]+) \| ([\d.]+) \| \*\*([\d.]+)\*\* \| [\d.]+ \| [\d.]+ \| (\d+) \|"
+    for rank, batch, seqlen, forward, backward, both, mib in table("docs/kernels.md", CASE + cells):
+        row = kernels()[int(rank or 1), int(batch), int(seqlen)]
+        assert float(forward) == pytest.approx(row["forward_ms"], abs=0.0051)
+        assert float(backward) == pytest.approx(row["backward_ms"], abs=0.0051)
+        assert float(both) == pytest.approx(row["sum_ms"], abs=0.051)
+        assert int(mib) == row["peak_mib"]
+
+
+def test_two_gpus_in_the_readme():
+    runs = json.loads((RESULTS / "scaling_440m_siso_2xh200.json").read_text())
+    ((share,),) = [table("README.md", r"`ddp` at ([\d.]+) % of twice")]
+    assert float(share) == pytest.approx(100 * runs["2 GPUs, ddp"]["share_of_twice_one_gpu"], abs=0.051)
+
+
+def test_steps():
+    recorded = {round(r["step_ms"]): r for r in json.loads((RESULTS / "step_1.5b_h200.json").read_text())}
+    rows = table("docs/performance.md", r"\*\*(\d+)\*\* \| (\d+) \| ([\d.]+) % \| ([\d.]+) \|$")
+    rows += table("README.md", r"^\| 1.5B .* \| (\d+) \| (\d+) \| ([\d.]+) % \| ([\d.]+) \|$")
+    assert len(rows) == 7
+    for ms, tokens, mfu, gib in rows:
+        row = recorded[int(ms)]
+        assert round(row["tokens_per_second"]) == int(tokens)
+        assert float(mfu) == pytest.approx(100 * row["mfu"], abs=0.051)
+        assert float(gib) == pytest.approx(row["peak_memory_gib"], abs=0.051)
