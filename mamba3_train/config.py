@@ -56,8 +56,9 @@ class TrainerSection:
     activation_checkpointing: str = "none"
     """none; selective: layers keep matrix products, scan and attention, and compute the rest again; full: their input
     alone."""
-    compile: bool = False
-    """torch.compile by layer: the first step takes longer, every later one less."""
+    compile: str = "never"
+    """torch.compile by layer, where the first step takes longer and every later one less: never; gpu, on a GPU only,
+    because a CPU's reference kernels take minutes to compile; always."""
     log_every_n_steps: int = 10
     log_layer_norms: bool = False
     """Rows also hold the gradient's norm of every layer, before clipping."""

@@ -41,6 +41,7 @@ def run(tmp_path, monkeypatch, capfd):
         (["+recipe=quickstart", "trainer.devices=2"], "trainer.devices=2"),
         (["+recipe=quickstart", "trainer.precision=bf16-true"], "trainer.precision=bf16-true must be one of"),
         (["+recipe=quickstart", "trainer.activation_checkpointing=some"], "must be one of none, selective, full"),
+        (["+recipe=quickstart", "trainer.compile=true"], "trainer.compile=True must be one of never, gpu, always"),
         (["+recipe=quickstart", "trainer.accelerator=tpu"], "trainer.accelerator=tpu must be one of"),
         (["+recipe=quickstart", "resume=maybe"], "resume: "),
         (["+recipe=180m_siso"], "no prepared corpus at data.path=data/fineweb_edu; make it by: python -m"),

@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from mamba3_train.training import callbacks
+from mamba3_train.training.hardware import choose_compile
 from mamba3_train.training.lightning_module import PretrainingModule
 
 
@@ -22,7 +23,7 @@ def build_module(config: DictConfig, model_config):
         gradient_clip_norm=config.trainer.gradient_clip_norm,
         activation_checkpointing=config.trainer.activation_checkpointing,
         segment_length=config.data.get("segment_length"),
-        compile=config.trainer.compile,
+        compile=choose_compile(config.trainer.compile, config.trainer.accelerator),
     )
 
 

@@ -48,6 +48,17 @@ def choose_precision(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if half else "32-true"
 
 
+def choose_compile(choice: str, accelerator: str) -> bool:
+    """Whether layers are compiled: `never`, on a `gpu`, or `always`.
+
+    Raises:
+        UserError: any other choice.
+    """
+    if choice not in ("never", "gpu", "always"):
+        raise UserError(f"trainer.compile={choice} must be one of never, gpu, always")
+    return choice == "always" or (choice == "gpu" and on_gpu(accelerator))
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory held so far, GiB: by the allocator on a GPU, by the process on a CPU."""
     if device.type == "cuda":

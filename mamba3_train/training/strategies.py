@@ -14,7 +14,7 @@ from mamba3_train.checkpoint import sharded
 from mamba3_train.checkpoint.training_state import restore, training_tensors
 from mamba3_train.errors import UserError
 from mamba3_train.training.fully_sharded import FullySharded
-from mamba3_train.training.hardware import on_gpu
+from mamba3_train.training.hardware import choose_compile, on_gpu
 from mamba3_train.training.zero import ZeRO, assign_partitioned
 
 
@@ -67,15 +67,18 @@ def fsdp(
 
 
 def deepspeed_zero(
-    *, accelerator: str, devices: int, num_nodes: int, stage: int, gradient_clip_norm: float, compile: bool = False
+    *, accelerator: str, devices: int, num_nodes: int, stage: int, gradient_clip_norm: float, compile: str = "never"
 ) -> Strategy:
     """DeepSpeed's ZeRO: optimizer state (1), gradients (2) and parameters (3) in shards.
 
     Raises:
         UserError: stage 3 with compiled layers, inside which its hooks would have to run.
     """
-    if stage == 3 and compile:
-        raise UserError("trainer.compile=true does not work with strategy=deepspeed_zero3: choose strategy=fsdp")
+    if stage == 3 and choose_compile(compile, accelerator):
+        raise UserError(
+            f"trainer.compile={compile} does not work with strategy=deepspeed_zero3: set it to never, or choose "
+            "strategy=fsdp"
+        )
     if devices * num_nodes == 1:
         return single(accelerator=accelerator, devices=1, num_nodes=1)
     return ZeRO(_backend(accelerator), stage, gradient_clip_norm)

@@ -149,7 +149,10 @@ def test_one_device_needs_no_strategy():
         (lambda s: strategies.single(**s), "trainer.devices=2"),
         (lambda s: strategies.fsdp(**s, replicas=3, reshard_after_forward=True), "strategy.replicas=3"),
         (lambda s: strategies.deepspeed_zero(**s, stage=4, gradient_clip_norm=1.0), "strategy.stage=4"),
-        (lambda s: strategies.deepspeed_zero(**s, stage=3, gradient_clip_norm=1.0, compile=True), "trainer.compile"),
+        (
+            lambda s: strategies.deepspeed_zero(**s, stage=3, gradient_clip_norm=1.0, compile="always"),
+            "trainer.compile",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(make, complaint):
