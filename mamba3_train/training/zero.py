@@ -226,5 +226,8 @@ def _import_deepspeed(accelerator: str):
             f"strategy=deepspeed_zero… needs deepspeed ({error}): pip install 'mamba3-train[deepspeed]', "
             "or choose strategy=fsdp"
         ) from error
+    if accelerator == "cpu":
+        # An all-reduce through shared memory, which a C++ compiler would build for a minute first; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
