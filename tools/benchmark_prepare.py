@@ -1,11 +1,11 @@
 """What preparing costs: speed beside `tokenizers` alone, and memory over a corpus of any size.
 
-python tools/benchmark_prepare.py speed [--workers 2] [--repeats 3] [--output FILE.json]
+python tools/benchmark_prepare.py speed [--source PATH] [--workers 2] [--repeats 3] [--output FILE.json]
 python tools/benchmark_prepare.py memory [--gigabytes 10] [--output FILE.json]
 
-Speed: the standard library's sources, byte-level BPE; CPU seconds of all processes, `tokenizers` alone in as many
-processes as `prepare` has workers, in turns. Memory: documents made up as they are read, on no disk, and
-a tokenizer of whole words, so that it is over soon; resident memory of the main process and of the largest worker.
+Speed: the standard library's sources or another source, byte-level BPE; CPU seconds of all processes, `tokenizers`
+alone in as many processes as `prepare` has workers, in turns. Memory: documents made up as they are read, on no disk,
+and a tokenizer of whole words, so that it is over soon; resident memory of the main process and of the largest worker.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def encode_alone(tokenizer_file: str, texts: list[str]) -> None:
 
 def measure_speed(options: argparse.Namespace, folder: Path) -> dict:
     """CPU seconds of both, in turns."""
-    texts = list(TextSource("python_stdlib").documents())
+    texts = list(TextSource(options.source).documents())
     source, tokenizer = folder / "text.jsonl", folder / "tokenizer.json"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     Tokenizer.train(texts[:300], 8192).save(tokenizer)
@@ -170,6 +170,7 @@ def main() -> None:
     """Measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["speed", "memory"])
+    parser.add_argument("--source", default="python_stdlib", help="text for the speed: a path as source.path takes it")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=10.0)
