@@ -24,7 +24,6 @@ def cli(config: DictConfig) -> int:
     from mamba3_train.training.callbacks import Preempted, Profiling
     from mamba3_train.training.hardware import choose_precision, on_gpu
     from mamba3_train.training.metrics_file import MetricsFile
-    from mamba3_train.training.report import report
 
     _quiet()
     console = Console(highlight=False, quiet=processes.rank() != 0)
@@ -67,14 +66,21 @@ def cli(config: DictConfig) -> int:
     except Preempted as stop:
         console.print(f"{stop}; the same command goes on from there")
         return stop.exit_code
-    problems = [checkpointing.failure] if checkpointing.failure else []
+    _report(config, trainer, module, data, cost, console, checkpointing.failure)
+    return 0
+
+
+def _report(config: DictConfig, trainer, module, data, cost, console, failure: str | None) -> None:
+    """Show what came of a run that is over; a checkpoint or a report that storage refused is an error after it."""
+    from mamba3_train.training.report import report
+
+    problems = [failure] if failure else []
     try:
-        report(config.report, folder, trainer, module, data, cost, console)
+        report(config.report, Path(config.run.dir), trainer, module, data, cost, console)
     except OSError as error:
         problems.append(f"the report could not be written: {error}")
     if problems:
         raise UserError("; ".join(problems) + ". Mend the storage and give the same command again")
-    return 0
 
 
 def _quiet() -> None:

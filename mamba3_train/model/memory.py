@@ -8,11 +8,10 @@ ends, all activations there and no gradients yet, or where the backward pass end
 from dataclasses import dataclass
 
 from mamba3_train.errors import UserError
+from mamba3_train.kernels import linear_cross_entropy
 from mamba3_train.model.config import Mamba3Config
 from mamba3_train.model.cost import Cost
 
-# Rows of logits that the head holds at a time, see kernels/linear_cross_entropy.py.
-HEAD_ROWS = 8192
 SHARDED = {
     "single": (), "ddp": (),
     "deepspeed_zero1": ("moments",), "deepspeed_zero2": ("moments", "gradients"),
@@ -87,7 +86,7 @@ def step_memory(
         moments=8 * part["moments"],
         casts=2 * gathered,
         activations=tokens * _saved_per_token(config, recompute),
-        head=2 * min(tokens, HEAD_ROWS) * config.padded_vocab_size + 4 * embedding,
+        head=2 * min(tokens, linear_cross_entropy.ROWS) * config.padded_vocab_size + 4 * embedding,
         accumulates=micro_batches > 1,
     )
 
