@@ -43,7 +43,7 @@ def cli(config: DictConfig) -> int:
     processes.join(on_gpu(config.trainer.accelerator), config.trainer.watchdog_seconds)
     processes.decided_by_rank_zero(data.prepare_data)
     data.setup()
-    checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config))
+    checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config, data.tokenizer.documents()))
     step = folders.read_state(checkpoint)["step"] if checkpoint else 0
     if step >= max_steps:
         console.print(f"{folder} is complete at step {step}: see {folder}/summary.json, or raise trainer.max_steps")

@@ -6,12 +6,14 @@ dimension in B and C (rows of in_proj, norms, biases) changes nothing else.
 """
 
 import json
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from mamba3_train.checkpoint.weights import Weights, check_fits, check_shape, read_safetensors, safetensors_files
 from mamba3_train.errors import UserError
 from mamba3_train.model import Mamba3Config, Mamba3LM, Mamba3Mixer, MixerConfig
 
@@ -52,7 +54,8 @@ def mixer_from_official(config: dict, state_dict: dict[str, Tensor], kernels: st
     with torch.device("meta"):
         mixer = Mamba3Mixer(config["d_model"], mixer_config, kernels=kernels)
     ours = _mixer_to_ours(state_dict, mixer)
-    _load(mixer, ours)
+    check_fits({name: tensor.shape for name, tensor in ours.items()}, mixer)
+    _fill(mixer, ours)
     return mixer
 
 
@@ -62,16 +65,41 @@ def load_official(folder: str | Path, kernels: str = "reference") -> Mamba3LM:
     Raises:
         UserError: a missing or broken file, or a model this one has no counterpart for.
     """
-    folder = Path(folder)
-    weights = _read_weights(folder)
-    config = config_from_official(_read_config(folder), weights)
+    config, weights = open_official(folder)
     with torch.device("meta"):
         model = Mamba3LM(config, kernels=kernels)
-    if config.tie_embeddings:
-        weights.pop("lm_head.weight", None)
-    ours = {_name_to_ours(name): tensor for name, tensor in weights.items()}
-    _load(model, _translate_mixers(ours, model, _mixer_to_ours))
+    _fill(model, weights)
     return model
+
+
+def open_official(folder: str | Path) -> tuple[Mamba3Config, Weights]:
+    """Config and weights of a public checkpoint folder, both as ours; a weight is read when it is asked for.
+
+    Raises:
+        UserError: a missing or broken file, or a model this one has no counterpart for.
+    """
+    folder = Path(folder)
+    public = _read_weights(folder)
+    config = config_from_official(_read_config(folder), public)
+    with torch.device("meta"):
+        model = Mamba3LM(config)
+    tied = config.tie_embeddings
+    flat = public.renamed(lambda name: None if name == "lm_head.weight" and tied else _name_to_ours(name))
+    shapes = dict(flat.shapes)
+    for i, layer in enumerate(model.layers):
+        name = f"layers.{i}.mixer.norm_weight"
+        ours = layer.mixer.norm_weight
+        if name in shapes and ours is not None and shapes[name].numel() == ours.numel():
+            shapes[name] = ours.shape  # flat there
+    check_fits(shapes, model)
+
+    def read(name: str) -> Tensor:
+        layer, is_mixer, own = name.partition(".mixer.")
+        if not is_mixer:
+            return flat[name]
+        return _tensor_to_ours(own, flat[name], model.get_submodule(f"{layer}.mixer"))
+
+    return config, Weights(shapes, read)
 
 
 def save_official(model: Mamba3LM, folder: str | Path) -> None:
@@ -84,9 +112,13 @@ def save_official(model: Mamba3LM, folder: str | Path) -> None:
     """
     folder = Path(folder)
     config = config_to_official(model.config)
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    weights = _translate_mixers(weights, model, _mixer_to_official)
-    weights = {_name_to_official(name): tensor.contiguous() for name, tensor in weights.items()}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        layer, is_mixer, own = name.partition(".mixer.")
+        values = tensor.detach().cpu()
+        if is_mixer:
+            values = _tensor_to_official(own, values, model.get_submodule(f"{layer}.mixer"))
+        weights[_name_to_official(name)] = values.contiguous()
     if model.config.tie_embeddings:
         weights["lm_head.weight"] = weights["backbone.embedding.weight"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,9 +126,12 @@ def save_official(model: Mamba3LM, folder: str | Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def config_from_official(config: dict, weights: dict[str, Tensor]) -> Mamba3Config:
+def config_from_official(config: dict, weights: Weights) -> Mamba3Config:
     """The public config.json as a `Mamba3Config`; the true MLP width is read from the weights."""
     ssm = config.get("ssm_cfg") or {}
+    lacking = [key for key in ("d_model", "n_layer", "vocab_size") if not isinstance(config.get(key), int)]
+    if lacking:
+        raise UserError(f"config.json has no {', '.join(lacking)}: it is not of a public Mamba-3 model")
     if ssm.get("layer") != "Mamba3":
         raise UserError(f"ssm_cfg.layer is {ssm.get('layer')!r}: only Mamba3 checkpoints can be loaded")
     if config.get("attn_layer_idx"):
@@ -104,12 +139,12 @@ def config_from_official(config: dict, weights: dict[str, Tensor]) -> Mamba3Conf
     if not config.get("rms_norm", True):
         raise UserError("rms_norm is false: only RMSNorm models can be loaded")
     _refuse_unknown(config, _MODEL_KEYS, "config.json")
-    fc2 = weights.get("backbone.layers.0.mlp.fc2.weight")
+    fc2 = weights.shapes.get("backbone.layers.0.mlp.fc2.weight")
     return Mamba3Config(
         vocab_size=config["vocab_size"],
         d_model=config["d_model"],
         n_layers=config["n_layer"],
-        d_mlp=0 if fc2 is None else fc2.shape[1],
+        d_mlp=0 if fc2 is None else fc2[1],
         mixer=_mixer_config(ssm),
         tie_embeddings=config.get("tie_embeddings", True),
         vocab_multiple=config.get("pad_vocab_size_multiple", 8),
@@ -167,75 +202,76 @@ def _mixer_config(arguments: dict) -> MixerConfig:
     return MixerConfig(rank=rank, a_activation=arguments.get("a_activation", "heavy_tail"), **fields)
 
 
-def _translate_mixers(weights: dict[str, Tensor], model: Mamba3LM, translate) -> dict[str, Tensor]:
-    """Apply `translate(parameters, mixer)` to every layer's mixer parameters."""
-    for i, layer in enumerate(model.layers):
-        prefix = f"layers.{i}.mixer."
-        mixer = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
-        weights |= {prefix + name: tensor for name, tensor in translate(mixer, layer.mixer).items()}
-    return weights
+def _mixer_to_ours(parameters: Mapping[str, Tensor], mixer: Mamba3Mixer) -> dict[str, Tensor]:
+    named = {_mixer_name_to_ours(name): tensor for name, tensor in parameters.items()}
+    return {name: _tensor_to_ours(name, tensor, mixer) for name, tensor in named.items()}
 
 
-def _mixer_to_ours(parameters: dict[str, Tensor], mixer: Mamba3Mixer) -> dict[str, Tensor]:
-    parameters = _permute_state(parameters, mixer, rotary_permutation(mixer.config))
-    if "norm.weight" in parameters:
-        parameters["norm_weight"] = parameters.pop("norm.weight").view(mixer.heads, mixer.config.head_dim)
-    return parameters
+def _mixer_to_official(parameters: Mapping[str, Tensor], mixer: Mamba3Mixer) -> dict[str, Tensor]:
+    return {
+        _mixer_name_to_official(name): _tensor_to_official(name, tensor, mixer) for name, tensor in parameters.items()
+    }
 
 
-def _mixer_to_official(parameters: dict[str, Tensor], mixer: Mamba3Mixer) -> dict[str, Tensor]:
-    parameters = _permute_state(parameters, mixer, rotary_permutation(mixer.config).argsort())
-    if "norm_weight" in parameters:
-        parameters["norm.weight"] = parameters.pop("norm_weight").flatten()
-    return parameters
+def _tensor_to_ours(name: str, tensor: Tensor, mixer: Mamba3Mixer) -> Tensor:
+    """A mixer's parameter, by our name, from the public order of the state dimension to ours."""
+    if name == "norm_weight":
+        return tensor.view(mixer.heads, mixer.config.head_dim)
+    return _permute_state(name, tensor, mixer, rotary_permutation(mixer.config))
 
 
-def _permute_state(parameters: dict[str, Tensor], mixer: Mamba3Mixer, index: Tensor) -> dict[str, Tensor]:
+def _tensor_to_official(name: str, tensor: Tensor, mixer: Mamba3Mixer) -> Tensor:
+    """The way back."""
+    if name == "norm_weight":
+        return tensor.flatten()
+    return _permute_state(name, tensor, mixer, rotary_permutation(mixer.config).argsort())
+
+
+def _permute_state(name: str, tensor: Tensor, mixer: Mamba3Mixer, index: Tensor) -> Tensor:
     """Reorder the state dimension of a mixer's B and C wherever it appears."""
-    permuted = dict(parameters)
-    for name in ("B_norm.weight", "C_norm.weight", "B_bias", "C_bias"):
-        if name in permuted:
-            permuted[name] = permuted[name][..., index]
-    if "in_proj.weight" in permuted:
-        widths = mixer.in_proj_widths()
-        _check_shape("in_proj.weight", permuted["in_proj.weight"], mixer.in_proj.weight.shape)
-        parts = dict(zip(widths, permuted["in_proj.weight"].split(list(widths.values())), strict=True))
-        for name in ("B", "C"):
-            parts[name] = parts[name].unflatten(0, (-1, mixer.config.d_state))[:, index].flatten(0, 1)
-        permuted["in_proj.weight"] = torch.cat(list(parts.values()))
-    return permuted
+    if name in ("B_norm.weight", "C_norm.weight", "B_bias", "C_bias"):
+        return tensor[..., index]
+    if name != "in_proj.weight":
+        return tensor
+    widths = mixer.in_proj_widths()
+    check_shape(name, tensor.shape, mixer.in_proj.weight.shape)
+    parts = dict(zip(widths, tensor.split(list(widths.values())), strict=True))
+    for part in ("B", "C"):
+        parts[part] = parts[part].unflatten(0, (-1, mixer.config.d_state))[:, index].flatten(0, 1)
+    return torch.cat(list(parts.values()))
 
 
-def _load(module: torch.nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Assign parameters, naming what is missing, left over or of the wrong shape."""
-    expected = {name: parameter.shape for name, parameter in module.named_parameters()}
-    missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
-    if missing or unexpected:
-        raise UserError(
-            f"the checkpoint does not fit its config: missing {sorted(missing) or 'nothing'}, "
-            f"unexpected {sorted(unexpected) or 'nothing'}"
-        )
-    for name, shape in expected.items():
-        _check_shape(name, state_dict[name], shape)
-    module.load_state_dict({name: tensor.clone() for name, tensor in state_dict.items()}, assign=True)
-
-
-def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise UserError(f"parameter {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(shape)}")
+def _fill(module: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a module on meta its parameters, in float32 or wider."""
+    tensors = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in weights.items()}
+    module.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
 
 
 def _name_to_ours(name: str) -> str:
     name = name.removeprefix("backbone.").replace(".norm2.", ".mlp_norm.")
+    layer, is_mixer, own = name.partition(".mixer.")
+    if is_mixer:
+        return layer + is_mixer + _mixer_name_to_ours(own)
     return "norm.weight" if name == "norm_f.weight" else name
 
 
 def _name_to_official(name: str) -> str:
+    layer, is_mixer, own = name.partition(".mixer.")
+    if is_mixer:
+        return "backbone." + layer + is_mixer + _mixer_name_to_official(own)
     if name == "lm_head.weight":
         return name
     if name == "norm.weight":
         return "backbone.norm_f.weight"
     return "backbone." + name.replace(".mlp_norm.", ".norm2.")
+
+
+def _mixer_name_to_ours(name: str) -> str:
+    return "norm_weight" if name == "norm.weight" else name
+
+
+def _mixer_name_to_official(name: str) -> str:
+    return "norm.weight" if name == "norm_weight" else name
 
 
 def _refuse_unknown(config: dict, known, where: str) -> None:
@@ -254,14 +290,15 @@ def _read_config(folder: Path) -> dict:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+def _read_weights(folder: Path) -> Weights:
+    files, pickled = safetensors_files(folder), folder / "pytorch_model.bin"
+    if files:
+        return read_safetensors(files)
+    if not pickled.exists():
+        raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
     try:
-        if safe.exists():
-            return load_file(safe)
-        if pickled.exists():
-            return torch.load(pickled, map_location="cpu", weights_only=True)
-    except Exception as error:  # both libraries raise many kinds on a damaged file
+        tensors = torch.load(pickled, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(pickled))
+        return Weights({name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__)
+    except Exception as error:  # torch raises many kinds on a damaged file
         reason = str(error).strip().splitlines()[0].split(". ")[0]
         raise UserError(f"the weights in {folder} cannot be read: {reason}") from None
-    raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")

@@ -1,7 +1,9 @@
 """Where a run goes on: the run folder, whether it may be used, and the newest whole checkpoint in it."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,10 +17,10 @@ IDENTITY = (
 )
 
 
-def open_run_folder(config: DictConfig) -> Path | None:
+def open_run_folder(config: DictConfig, documents: Mapping[str, str] = MappingProxyType({})) -> Path | None:
     """Make config.run.dir ready and return the checkpoint to continue from, None for a new run.
 
-    Writes the resolved config as config.yaml once the folder is accepted.
+    Once the folder is accepted, writes the resolved config as config.yaml, and other documents by their names.
 
     Raises:
         UserError: the folder belongs to a run of another config, is in use and resume=never, or cannot be written.
@@ -33,11 +35,12 @@ def open_run_folder(config: DictConfig) -> Path | None:
         _refuse_another_run(folder, OmegaConf.load(saved), config)
     checkpoint = folders.newest_whole(folder / "checkpoints")
     folders.remove_leftovers(folder / "checkpoints")
-    partial = saved.with_name(f".{saved.name}.partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(OmegaConf.to_yaml(config, resolve=True))
-        os.replace(partial, saved)
+        for name, text in {**documents, folders.CONFIG: OmegaConf.to_yaml(config, resolve=True)}.items():
+            partial = folder / f".{name}.partial"
+            partial.write_text(text)
+            os.replace(partial, folder / name)
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be written: {error}") from error
     return checkpoint

@@ -1,6 +1,7 @@
 """Text to token ids and back: a thin layer over `tokenizers` that knows where a document ends."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from mamba3_train.data.corpus_files import LocalFiles, RemoteFiles, corpus_files
 from mamba3_train.errors import UserError
 
 FILE_NAME = "tokenizer.json"
+SETTINGS_NAME = "tokenizer_config.json"
 
 # How the public tokenizers call the token that closes a document, most usual first.
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -72,6 +74,16 @@ class Tokenizer:
         return cls(_read(path / FILE_NAME if path.is_dir() else path), end_of_document)
 
     @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer | None":
+        """The tokenizer of a model's folder, as `documents` and the Hugging Face libraries write it; None without."""
+        folder = Path(folder)
+        if not (folder / FILE_NAME).is_file():
+            return None
+        backend = _read(folder / FILE_NAME)
+        end = _end_of_document_setting(folder / SETTINGS_NAME)
+        return cls(backend, end if end and backend.token_to_id(end) is not None else None)
+
+    @classmethod
     def of_corpus(cls, corpus: "str | Path | LocalFiles | RemoteFiles", end_of_document_id: int) -> "Tokenizer":
         """Read the tokenizer of a prepared corpus, whose manifest knows the end-of-document id."""
         files = corpus_files(corpus)
@@ -99,6 +111,15 @@ class Tokenizer:
         """Hash of everything that decides the ids: equal fingerprints mean equal tokens."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
+    def documents(self) -> dict[str, str]:
+        """Contents by file name of what a model's folder holds of its tokenizer, in the Hugging Face layout."""
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.end_of_document,
+            "clean_up_tokenization_spaces": False,
+        }
+        return {FILE_NAME: self.backend.to_str(pretty=True), SETTINGS_NAME: json.dumps(settings, indent=1) + "\n"}
+
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as `tokenizer.json` at `path`."""
         self.backend.save(str(path))
@@ -115,6 +136,15 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of a sequence of ids."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+
+def _end_of_document_setting(path: Path) -> str | None:
+    """The eos_token of a tokenizer_config.json, plain or with its flags; None where nothing names one."""
+    try:
+        token = json.loads(path.read_text())["eos_token"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:

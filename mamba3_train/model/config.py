@@ -1,6 +1,8 @@
 """Every dimension of a model, with the checks that belong to them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from mamba3_train.errors import UserError
 
@@ -128,6 +130,22 @@ class Mamba3Config:
                 "(model.mixer.expand · model.d_model / model.mixer.head_dim): choose a divisor"
             )
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Mamba3Config":
+        """The config that `to_dict` gave, or the section `model` of a run's config.yaml; nothing in it is executed.
+
+        Raises:
+            UserError: a field is missing, unknown or of the wrong kind.
+        """
+        parts = {"mixer": MixerConfig, "attention": AttentionConfig}
+        given = {key: value for key, value in values.items() if not (key in parts and value is None)}
+        made = {key: _from_dict(part, given[key], f"{key}.") for key, part in parts.items() if key in given}
+        return _from_dict(cls, given | made)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, the mixer's and the attention's in dictionaries of their own: what JSON can hold."""
+        return asdict(self)
+
     @property
     def layers(self) -> str:
         """The pattern written out, one character a layer."""
@@ -137,6 +155,22 @@ class Mamba3Config:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding, and width of the logits."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+def _from_dict(part: type, values: Mapping[str, Any], prefix: str = ""):
+    """A dataclass of plain values; `_target_`, which Hydra would call, is left out."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"the model's config has {prefix.rstrip('.') or 'itself'} = {values!r} instead of its fields")
+    values = {key: value for key, value in values.items() if key != "_target_"}
+    unknown = sorted(values.keys() - {field.name for field in fields(part)})
+    if unknown:
+        raise UserError(
+            f"the model's config has {', '.join(prefix + key for key in unknown)}, which this version does not know"
+        )
+    try:
+        return part(**values)
+    except TypeError as error:
+        raise UserError(f"the model's config cannot be used: {error}") from error
 
 
 def _at_least_one(key, value):

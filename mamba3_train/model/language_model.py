@@ -31,11 +31,13 @@ class Block(nn.Module):
         return_state: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
         """(batch, seqlen, d_model) residual stream → the same, and with return_state the state after the last token."""
-        mixed = self.mixer(self.norm(residual), document_ids, state, return_state)
+        # Matrices in a narrower dtype than the residual stream take their input in their own.
+        dtype = self.mixer.out_proj.weight.dtype
+        mixed = self.mixer(self.norm(residual).to(dtype), document_ids, state, return_state)
         mixed, new_state = mixed if return_state else (mixed, None)
         residual = residual + mixed
         if self.mlp is not None:
-            residual = residual + self.mlp(self.mlp_norm(residual))
+            residual = residual + self.mlp(self.mlp_norm(residual).to(dtype))
         return residual, new_state
 
 
@@ -85,7 +87,7 @@ class Mamba3LM(nn.Module):
         for i, layer in enumerate(self.layers):
             residual, layer_state = layer(residual, document_ids, None if state is None else state[i], return_state)
             states.append(layer_state)
-        hidden = self.norm(residual)
+        hidden = self.norm(residual).to(self.embedding.weight.dtype)
         if self.lm_head is None:
             result = self.embedding(hidden, unembed=True, labels=labels, kernels=self.kernels)
         else:
