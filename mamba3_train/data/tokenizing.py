@@ -50,7 +50,7 @@ def digest(text: bytes) -> bytes:
 def tokenize(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> TokenBatch:
     """Tokenize a batch of documents in this process."""
     encoded = [text.encode(errors="replace") for text in texts]
-    documents = [np.array(ids, dtype=dtype) for ids in tokenizer.encode_documents(texts)]
+    documents = [np.frombuffer(ids, dtype=np.uint32).astype(dtype) for ids in tokenizer.encode_documents(texts)]
     return TokenBatch(
         tokens=np.concatenate([np.empty(0, dtype), *documents]),
         lengths=np.array([len(document) for document in documents], dtype=np.int64),

@@ -43,7 +43,7 @@ def test_saved_and_read(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     for read in (Tokenizer.from_file(tmp_path), Tokenizer.of_corpus(tmp_path, tokenizer.end_of_document_id)):
         assert read.fingerprint == tokenizer.fingerprint
-        assert read.encode_documents(TEXTS) == tokenizer.encode_documents(TEXTS)
+        assert list(read.encode_documents(TEXTS)) == list(tokenizer.encode_documents(TEXTS))
 
 
 def test_mistakes_are_explained(tokenizer, tmp_path):
