@@ -16,7 +16,7 @@ from mamba3_train.errors import UserError
 FILE_NAME = "tokenizer.json"
 SETTINGS_NAME = "tokenizer_config.json"
 
-# Documents encoded at a time: what `tokenizers` keeps of a token is many times its id, and few of them stay in the cache.
+# Documents encoded at a time: `tokenizers` keeps many times the ids of each, and what it keeps of a few stays in cache.
 TOGETHER = 8
 
 # How the public tokenizers call the token that closes a document, most usual first.
