@@ -1,4 +1,4 @@
-"""Time a recipe's full training step on random tokens: tokens/s, MFU, peak memory, and where the time goes.
+"""Time a recipe's full training step on random tokens: tokens/s, MFU, peak memory, time by part.
 
     python tools/benchmark_step.py +recipe=1.5b_mimo data.global_batch_size=8 data.micro_batch_size=8
     python tools/benchmark_step.py +recipe=440m_siso kernels=reference --steps 5 --json docs/results/step.json
@@ -22,6 +22,7 @@ import lightning
 import torch
 import triton
 from hydra.utils import instantiate
+from step_parts import milliseconds_by_part, recorded
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,17 +31,6 @@ from mamba3_train.model.cost import model_cost
 from mamba3_train.training import processes
 from mamba3_train.training.assembly import build_module, build_strategy
 from mamba3_train.training.hardware import choose_precision, on_gpu, peak_flops
-
-# Part of a step by words in the name of a GPU kernel; the first that matches counts.
-PARTS = {
-    "scan": ("chunk_", "state_passing", "token_scales", "head_sum", "gate_backward"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
-    "attention": ("flash", "fmha", "attention"),
-    "optimizer": ("multi_tensor", "adam", "foreach"),
-    "loss": ("softmax", "SoftMax", "nll_loss", "cross_entropy"),
-    "norms": ("rms_norm", "layer_norm", "RMSNorm", "LayerNorm"),
-    "copies": ("Memcpy", "Memset", "copy_kernel", "CatArray"),
-}
 
 
 class RandomSteps(Dataset):
@@ -61,14 +51,14 @@ class RandomSteps(Dataset):
 
 
 class StepTimer(lightning.Callback):
-    """Seconds of every step, and a profile of the last."""
+    """Seconds of every step, and one profile of the last `profiled` of them."""
 
-    def __init__(self, steps: int):
-        self.steps, self.seconds, self.profile = steps, [], None
+    def __init__(self, steps: int, profiled: int):
+        self.steps, self.profiled, self.seconds, self.profile = steps, profiled, [], None
         self.started = time.perf_counter()
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == self.steps - 1:
+        if batch_idx == self.steps - self.profiled:
             self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             self.profile.start()
         _wait()
@@ -79,18 +69,8 @@ class StepTimer(lightning.Callback):
         self.seconds.append(time.perf_counter() - self.began)
         if batch_idx == 0:
             self.first_step_after = time.perf_counter() - self.started
-        if self.profile is not None:
+        if batch_idx == self.steps - 1:
             self.profile.stop()
-
-
-def share_by_part(step_profile, step_seconds: float) -> dict[str, float]:
-    """Milliseconds of GPU time by part of the step, and the time in which no kernel ran."""
-    parts = dict.fromkeys([*PARTS, "elementwise and rest"], 0.0)
-    for event in step_profile.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            part = next((p for p, words in PARTS.items() if any(w in event.key for w in words)), "elementwise and rest")
-            parts[part] += event.self_device_time_total / 1e3
-    return parts | {"gaps": max(step_seconds * 1e3 - sum(parts.values()), 0.0)}
 
 
 def main() -> None:
@@ -98,16 +78,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
-    parser.add_argument("--kernels", type=int, default=0, help="print this many of the GPU kernels that take longest")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments, overrides = parser.parse_known_args()
     steps = arguments.warmup + arguments.steps + 1  # the last one is profiled, not timed
-    config = compose(*overrides, f"trainer.max_steps={steps}")
-    model_config = instantiate(config.model)
-    seqlen, rows = config.data.sequence_length, config.data.global_batch_size
-    world_size = config.trainer.devices * config.trainer.num_nodes
+    config = compose(*overrides)
+    timer = run_steps(config, steps, profiled=1)
+    if processes.rank():
+        return
+    result = summarise(config, overrides, timer, arguments)
+    print(json.dumps(result, indent=1))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run_steps(config, steps: int, profiled: int) -> StepTimer:
+    """Train that many steps of a recipe on random tokens, profiling the last ones."""
     processes.join(on_gpu(config.trainer.accelerator))
-    timer = StepTimer(steps)
+    timer = StepTimer(steps, profiled)
+    model_config = instantiate(config.model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
             strategy=build_strategy(config),
@@ -124,24 +113,19 @@ def main() -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        data = RandomSteps(steps, rows // world_size, seqlen, model_config.vocab_size)
+        rows = config.data.global_batch_size // (config.trainer.devices * config.trainer.num_nodes)
+        data = RandomSteps(steps, rows, config.data.sequence_length, model_config.vocab_size)
         trainer.fit(build_module(config, model_config), DataLoader(data, batch_size=None))
-    if processes.rank():
-        return
-    result = summarise(config, overrides, timer, arguments, rows * seqlen, model_cost(model_config, seqlen))
-    print(json.dumps(result, indent=1))
-    if arguments.kernels:
-        print(timer.profile.key_averages().table(sort_by="self_device_time_total", row_limit=arguments.kernels))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return timer
 
 
-def summarise(config, overrides, timer: StepTimer, arguments, tokens: int, cost) -> dict:
+def summarise(config, overrides, timer: StepTimer, arguments) -> dict:
     """The figures of one run, with all that is needed to repeat it."""
+    tokens = config.data.global_batch_size * config.data.sequence_length
+    cost = model_cost(instantiate(config.model), config.data.sequence_length)
     seconds = statistics.median(timer.seconds[arguments.warmup : -1])
-    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    has_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    device = torch.cuda.get_device_name() if has_gpu else "cpu"
     peak = peak_flops(device)
     devices = config.trainer.devices * config.trainer.num_nodes
     flops = cost.training_flops_per_token * tokens
@@ -157,8 +141,8 @@ def summarise(config, overrides, timer: StepTimer, arguments, tokens: int, cost)
         "tflops_per_device": flops / seconds / devices / 1e12,
         "mfu": None if peak is None else flops / seconds / devices / peak,
         "first_step_after_seconds": timer.first_step_after,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-        "ms_by_part": share_by_part(timer.profile, timer.seconds[-1]) if on_gpu else None,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if has_gpu else None,
+        "ms_by_part": milliseconds_by_part(recorded(timer.profile)) if has_gpu else None,
         "device": device,
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "lightning": lightning.__version__},
         "commit": _commit(),

@@ -1,0 +1,96 @@
+"""The GPU kernels of a training step by the part they belong to, and the least time that each part's work takes."""
+
+import gzip
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mamba3_train.model import Mamba3Config
+from mamba3_train.model.cost import Cost
+
+# Part of a step by words in the name of a GPU kernel; the first that matches counts.
+PARTS = {
+    "scan": ("chunk_", "state_passing", "token_scales", "head_sum", "gate_backward"),
+    "loss": ("cross_entropy", "softmax", "SoftMax", "nll_loss"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
+    "attention": ("flash", "fmha", "attention"),
+    "optimizer": ("multi_tensor", "adam", "foreach"),
+    "norms": ("rms_norm", "layer_norm", "RMSNorm", "LayerNorm"),
+    "communication": ("nccl",),
+    "copies": ("Memcpy", "Memset", "copy_kernel", "CatArray"),
+}
+REST = "elementwise and rest"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, copy or fill on a GPU; begin and duration in microseconds."""
+
+    name: str
+    begin: float
+    duration: float
+
+
+def part_of(name: str) -> str:
+    """The part of a step that a kernel belongs to."""
+    return next((part for part, words in PARTS.items() if any(word in name for word in words)), REST)
+
+
+def recorded(profile) -> list[Kernel]:
+    """Kernels of a `torch.profiler.profile` that has stopped."""
+    cuda = [event for event in profile.events() if "CUDA" in str(event.device_type)]
+    return [Kernel(event.name, event.time_range.start, event.time_range.elapsed_us()) for event in cuda]
+
+
+def read_trace(path: Path) -> list[Kernel]:
+    """Kernels of a trace as `profile=[first,last]` of a run writes it."""
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    events = json.loads(text)["traceEvents"]
+    on_gpu = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return [Kernel(event["name"], event["ts"], event["dur"]) for event in on_gpu]
+
+
+def milliseconds_by_part(kernels: Iterable[Kernel]) -> dict[str, float]:
+    """GPU time of every part; kernels that run side by side count in full."""
+    parts = dict.fromkeys([*PARTS, REST], 0.0)
+    for kernel in kernels:
+        parts[part_of(kernel.name)] += kernel.duration / 1e3
+    return parts
+
+
+def milliseconds_by_kernel(kernels: Iterable[Kernel]) -> list[tuple[str, int, float]]:
+    """Name, number and GPU time of every kernel, the longest first."""
+    found = defaultdict(list)
+    for kernel in kernels:
+        found[kernel.name].append(kernel.duration / 1e3)
+    return sorted(((name, len(times), sum(times)) for name, times in found.items()), key=lambda row: -row[2])
+
+
+def busy_milliseconds(kernels: Iterable[Kernel]) -> float:
+    """Time in which at least one kernel ran."""
+    busy, until = 0.0, -float("inf")
+    for kernel in sorted(kernels, key=lambda kernel: kernel.begin):
+        end = kernel.begin + kernel.duration
+        busy += max(end - max(kernel.begin, until), 0.0)
+        until = max(until, end)
+    return busy / 1e3
+
+
+def least_work(config: Mamba3Config, cost: Cost, tokens: int) -> dict[str, tuple[float, float]]:
+    """FLOPs and bytes that a step on one GPU cannot do without, of the parts where that is plain.
+
+    Matrix products and attention: their FLOPs. Scan: its FLOPs; x, z, y read and written once forward, x, z, their
+    gradients and y's once backward, in 16 bit. Optimizer: float32 parameter, gradient and two moments read, all but
+    the gradient written; for the norm the gradient is read once more.
+    """
+    flops = {part: 3 * tokens * value for part, value in cost.forward_flops.items()}
+    inner = config.mixer.heads(config.d_model) * config.mixer.head_dim
+    scan_bytes = config.layers.count("M") * tokens * 8 * 2 * inner
+    return {
+        "matrix products": (flops["projections"] + flops["mlp"] + flops["head"], 0.0),
+        "scan": (flops["scan"], scan_bytes),
+        "attention": (flops["attention"], 0.0),
+        "optimizer": (0.0, 32.0 * cost.total_parameters),
+    }
