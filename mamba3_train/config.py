@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -140,11 +140,58 @@ class PlanConfig(TrainConfig):
     """Share of the GPU's dense bfloat16 peak; null: what was measured on one H200."""
 
 
+@dataclass
+class UseConfig:
+    """Which trained model, and how it is opened: what every command that uses one has."""
+
+    run: str = MISSING
+    """Folder of a run or of one of its checkpoints, an exported folder, or a public mamba_ssm checkpoint."""
+    step: int | None = None
+    """Which checkpoint of a run; null: the newest whole one."""
+    tokenizer: str | None = None
+    """A tokenizer.json, a folder with one, or a name on the hub; null: the model's own."""
+    device: str = "auto"
+    dtype: str = "auto"
+    """Of the matrices: float32, bfloat16, float64; auto: bfloat16 on a GPU, else float32."""
+    kernels: str = "auto"
+
+
+@dataclass
+class GenerateConfig(UseConfig):
+    """Root of a config of generation."""
+
+    prompt: str | None = None
+    prompts: str | None = None
+    """File with a prompt a line, JSON where its name ends in .jsonl; - is the standard input."""
+    max_new_tokens: int = 200
+    samples: int = 1
+    """Continuations of every prompt."""
+    batch_size: int = 16
+    """Sequences that are continued together."""
+    temperature: float = 0.8
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens up to this probability together."""
+    min_p: float = 0.0
+    """Keep tokens at least so likely as this share of the likeliest."""
+    repetition_penalty: float = 1.0
+    stop: Any = None
+    """A text or a list of them; \\n is a new line."""
+    seed: int = 0
+    cuda_graph: bool = False
+    """Record the step of decoding once and replay it, on a GPU."""
+    output: str | None = None
+    """A file for the results, a JSON object a line."""
+
+
 def register_configs() -> None:
     """Store the root schemas, and every file of recipes/ as group `recipe`, in Hydra's ConfigStore."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="plan_schema", node=PlanConfig)
+    store.store(name="generate_schema", node=GenerateConfig)
     folder = shipped_folder("recipes")
     for path in sorted(folder.rglob("*.yaml")):
         group = "/".join(["recipe", *path.relative_to(folder).parts[:-1]])
@@ -161,11 +208,27 @@ def compose(*overrides: str, config_name: str = "train") -> DictConfig:
     return config
 
 
-def command(config_name: str) -> Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]:
+def verbatim(argument: str, keys: Sequence[str]) -> str:
+    """`key=text` so quoted that Hydra takes any text for what it is, if the key is one of those; else unchanged."""
+    key, equals, text = argument.partition("=")
+    if key not in keys or not equals or text == "null":
+        return argument
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
+    return f"{key}='{text}'"
+
+
+def command(
+    config_name: str, texts: Sequence[str] = ()
+) -> Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]:
     """Make a command line out of `run(config)`: Hydra's key=value, `--help`, `--cfg job`, multirun.
 
     A `UserError`, or a mistake in the config itself, is printed as one line; the exit code is then 2. Otherwise it is
     what `run` returns, None meaning 0.
+
+    Args:
+        config_name: the file in conf/.
+        texts: keys whose values are taken as they are, whatever Hydra's grammar would make of them.
     """
 
     def decorate(run: Callable[[DictConfig], int | None]) -> Callable[[], None]:
@@ -183,6 +246,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], int | None]], 
         @functools.wraps(run)
         def cli() -> None:
             register_configs()
+            sys.argv[1:] = [verbatim(argument, texts) for argument in sys.argv[1:]]
             # Hydra would otherwise print a traceback of its own and leave with code 1.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             # Read when torch loads. OpenMP threads that spin for long take the cores from loader workers and from

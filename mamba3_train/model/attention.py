@@ -10,10 +10,32 @@ from mamba3_train.model.config import AttentionConfig
 
 
 class AttentionState(NamedTuple):
-    """Keys and values of all tokens so far, each (batch, kv_heads, tokens, head_dim); keys already rotated."""
+    """Keys and values of all tokens so far, (batch, kv_heads, tokens, head_dim), keys already rotated.
+
+    visible: (batch, tokens) bool, whether a token belongs to its row's last document, which alone goes on.
+    """
 
     key: Tensor
     value: Tensor
+    visible: Tensor
+
+    def with_room(self, tokens: int) -> "KeyValueCache":
+        """The same in buffers that have room for so many tokens more."""
+        used = torch.full((1,), self.key.shape[2], device=self.key.device)
+        key, value = (F.pad(tensor, (0, 0, 0, tokens)) for tensor in (self.key, self.value))
+        return KeyValueCache(key, value, F.pad(self.visible, (0, tokens)), used)
+
+
+class KeyValueCache(NamedTuple):
+    """An `AttentionState` in buffers of fixed size, into which a token is written in place: for decoding.
+
+    visible: (batch, capacity) bool, False where nothing is yet. used: (1,) int64, places filled, on the device.
+    """
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+    used: Tensor
 
 
 class Attention(nn.Module):
@@ -29,43 +51,86 @@ class Attention(nn.Module):
         self,
         u: Tensor,
         document_ids: Tensor | None = None,
-        state: AttentionState | None = None,
+        state: AttentionState | KeyValueCache | None = None,
         return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, AttentionState]:
-        """(batch, seqlen, d_model) → the same shape. A state continues each row's first document."""
-        config, seqlen = self.config, u.shape[1]
+    ) -> Tensor | tuple[Tensor, AttentionState | KeyValueCache]:
+        """(batch, seqlen, d_model) → the same shape. A state continues each row's first document.
+
+        A `KeyValueCache` takes one token, changes, and is returned itself; it must have room for it.
+        """
+        config = self.config
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         q, k, v = self.qkv_proj(u).unflatten(-1, (-1, config.head_dim)).transpose(1, 2).split(heads, dim=1)
-        before = 0 if state is None else state.key.shape[2]
         if config.rotary:
+            before = _tokens_before(state)
             q, k = (rotate_positions(vectors, before, config.rope_theta) for vectors in (q, k))
-        if state is not None:
-            k, v = torch.cat([state.key, k], dim=2), torch.cat([state.value, v], dim=2)
         mask = None
-        if document_ids is not None or before:
-            mask = _visible(document_ids, seqlen, before, u.device)
+        if isinstance(state, KeyValueCache):
+            new_state = _append(state, k, v)
+            mask = state.visible[:, None, None]
+        else:
+            if document_ids is not None or state is not None:
+                mask = _visible(document_ids, u.shape[1], state, u.device)
+            new_state = _extended(state, k, v, document_ids) if return_state or state is not None else None
+        if new_state is not None:
+            k, v = new_state.key, new_state.value
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         out = self.out_proj(y.transpose(1, 2).flatten(-2))
-        return (out, AttentionState(k, v)) if return_state else out
+        return (out, new_state) if return_state else out
 
 
-def rotate_positions(vectors: Tensor, offset: int, theta: float) -> Tensor:
+def rotate_positions(vectors: Tensor, offset: int | Tensor, theta: float) -> Tensor:
     """Rotary positions offset, offset + 1, … on (batch, heads, seqlen, head_dim), halves paired."""
     half = vectors.shape[-1] // 2
     precise = torch.promote_types(vectors.dtype, torch.float32)
     frequency = theta ** (-torch.arange(half, device=vectors.device, dtype=precise) / half)
-    position = torch.arange(offset, offset + vectors.shape[2], device=vectors.device, dtype=precise)
+    position = torch.arange(vectors.shape[2], device=vectors.device, dtype=precise) + offset
     angle = position.unsqueeze(-1) * frequency
     cos, sin = angle.cos(), angle.sin()
     first, second = vectors.to(precise).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(vectors.dtype)
 
 
-def _visible(document_ids, seqlen, before, device):
-    """Which of before + seqlen keys each query sees: (batch or 1, 1, seqlen, keys) bool."""
-    visible = torch.ones(seqlen, before + seqlen, dtype=torch.bool, device=device).tril(before).unsqueeze(0)
+def _tokens_before(state: AttentionState | KeyValueCache | None) -> int | Tensor:
+    if state is None:
+        return 0
+    return state.used if isinstance(state, KeyValueCache) else state.key.shape[2]
+
+
+def _append(cache: KeyValueCache, k: Tensor, v: Tensor) -> KeyValueCache:
+    """Write one token into the cache."""
+    if k.shape[2] != 1:
+        raise ValueError(f"a KeyValueCache takes one token at a time, got {k.shape[2]}")
+    cache.key.index_copy_(2, cache.used, k.to(cache.key.dtype))
+    cache.value.index_copy_(2, cache.used, v.to(cache.value.dtype))
+    cache.visible.index_fill_(1, cache.used, True)
+    cache.used.add_(1)
+    return cache
+
+
+def _extended(state: AttentionState | None, k: Tensor, v: Tensor, document_ids: Tensor | None) -> AttentionState:
+    """All keys and values, of before and of now, and which of them the last token of each row may see."""
+    batch, _, seqlen, _ = k.shape
+    visible = torch.ones(batch, seqlen, dtype=torch.bool, device=k.device)
     if document_ids is not None:
-        # What came before the row belongs to its first document.
-        keys = torch.cat([document_ids[:, :1].expand(-1, before), document_ids], dim=1)
-        visible = visible & (document_ids.unsqueeze(2) == keys.unsqueeze(1))
+        visible = document_ids == document_ids[:, -1:]
+    if state is None:
+        return AttentionState(k, v, visible)
+    # What came before a row belongs to its first document.
+    before = state.visible & visible[:, :1]
+    return AttentionState(
+        torch.cat([state.key, k], dim=2), torch.cat([state.value, v], dim=2), torch.cat([before, visible], dim=1)
+    )
+
+
+def _visible(document_ids: Tensor | None, seqlen: int, state: AttentionState | None, device) -> Tensor:
+    """Which keys, of before and of now, each query sees: (batch or 1, 1, seqlen, keys) bool."""
+    visible = torch.ones(seqlen, seqlen, dtype=torch.bool, device=device).tril().unsqueeze(0)
+    if document_ids is not None:
+        visible = visible & (document_ids.unsqueeze(2) == document_ids.unsqueeze(1))
+    if state is not None:
+        before = state.visible.unsqueeze(1).expand(-1, seqlen, -1)
+        if document_ids is not None:
+            before = before & (document_ids == document_ids[:, :1]).unsqueeze(2)
+        visible = torch.cat([before, visible.expand(len(before), -1, -1)], dim=2)
     return visible.unsqueeze(1)

@@ -68,6 +68,7 @@ class Mamba3LM(nn.Module):
         state: RecurrentState | None = None,
         return_state: bool = False,
         labels: Tensor | None = None,
+        last_only: bool = False,
     ) -> Tensor | tuple[Tensor, RecurrentState]:
         """Logits of the next token, or with labels their summed loss.
 
@@ -77,9 +78,11 @@ class Mamba3LM(nn.Module):
             state: continues each row's first document.
             return_state: also return the state after the last token.
             labels: (batch, seqlen) int64, −100 where there is no target: the loss takes less memory than the logits.
+            last_only: logits of the last token of each row alone, which take less memory still.
 
         Returns:
-            (batch, seqlen, padded vocabulary), or with labels a scalar; with return_state also the state.
+            (batch, seqlen, padded vocabulary), seqlen 1 with last_only, or with labels a scalar; with return_state
+            also the state.
         """
         residual = self.embedding(input_ids)
         residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
@@ -87,6 +90,8 @@ class Mamba3LM(nn.Module):
         for i, layer in enumerate(self.layers):
             residual, layer_state = layer(residual, document_ids, None if state is None else state[i], return_state)
             states.append(layer_state)
+        if last_only:
+            residual = residual[:, -1:]
         hidden = self.norm(residual).to(self.embedding.weight.dtype)
         if self.lm_head is None:
             result = self.embedding(hidden, unembed=True, labels=labels, kernels=self.kernels)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mamba3_train.evaluation.generation import generate
 from mamba3_train.evaluation.loss_curve import plot_loss
+from mamba3_train.evaluation.sampling import Sampling
 from mamba3_train.model.cost import Cost
 from mamba3_train.training.metrics_file import read_metrics
 
@@ -48,16 +49,13 @@ def report(
 
 def sample_text(config: DictConfig, module: LightningModule, tokenizer) -> str:
     """Prompt and continuation as text, the same for the same weights and seed."""
-    model = module.model.eval()
-    device = next(model.parameters()).device
-    prompt = torch.tensor([tokenizer.encode(config.sample_prompt)], device=device)
     with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for every new length
-        tokens = generate(
-            model,
-            prompt,
+        generation = generate(
+            module.model.eval(),
+            tokenizer,
+            [config.sample_prompt],
             config.sample_tokens,
-            temperature=config.sample_temperature,
-            generator=torch.Generator(device).manual_seed(module.seed),
-            end_id=tokenizer.end_of_document_id,
+            sampling=Sampling(temperature=config.sample_temperature),
+            seed=module.seed,
         )
-    return tokenizer.decode(tokens[0].tolist())
+    return config.sample_prompt + generation.continuations[0].text

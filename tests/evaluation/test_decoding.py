@@ -1,0 +1,100 @@
+"""Decoding is the teacher-forced forward pass, for prompts of any lengths together, in memory that stays the same."""
+
+import pytest
+import torch
+
+from mamba3_train.evaluation.decoding import Decoder, state_bytes
+from mamba3_train.model.cost import state_bytes as expected_bytes
+from tests.small_run import make_config, make_model
+
+STACKS = {
+    "siso": make_config("M", rank=1),
+    "mimo": make_config("M", rank=4),
+    "hybrid": make_config("MM*", rank=2, n_layers=3),
+    "transformer": make_config("*"),
+}
+PROMPTS = [list(range(3, 24)), [7], list(range(40, 90)), [5, 6, 7]]
+NEW = 12
+
+
+@pytest.fixture(params=STACKS)
+def config(request):
+    return STACKS[request.param]
+
+
+def decoded(model, prompts, new, **options):
+    """Logits before every new token: (batch, NEW, vocabulary); new: (batch, NEW)."""
+    decoder = Decoder(model, prompts, NEW, **options)
+    logits = []
+    for column in new.unbind(1):
+        logits.append(decoder.logits.clone())
+        decoder.step(column)
+    return torch.stack(logits, 1)
+
+
+def forced(model, prompt, new):
+    """The same for one prompt by a pass over the whole row."""
+    row = torch.tensor([prompt + new.tolist()])
+    return model(row)[0, len(prompt) - 1 : -1, : model.config.vocab_size]
+
+
+# The dtype's rounding, over the model's depth; float64's is what the mathematics is held to.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
+def test_decoding_equals_the_forward_pass_for_each_prompt_alone(config, dtype, tolerance):
+    model = make_model(config).to(dtype)
+    new = torch.randint(0, 270, (len(PROMPTS), NEW))
+    logits = decoded(model, PROMPTS, new)
+    for row, prompt in enumerate(PROMPTS):
+        expected = forced(model, prompt, new[row])
+        assert (logits[row] - expected).abs().max() / expected.abs().max() < tolerance
+
+
+def test_prompts_together_are_as_alone_whatever_stands_in_the_filling(config):
+    """The filling of short prompts is a document of its own; token 0, which it is made of, has a wild embedding."""
+    model = make_model(config).double()
+    model.embedding.weight.data[0] *= 1e3
+    new = torch.randint(1, 270, (len(PROMPTS), NEW))
+    logits = decoded(model, PROMPTS, new)
+    for row, prompt in enumerate(PROMPTS):
+        alone = decoded(model, [prompt], new[row : row + 1])[0]
+        # Relative to the other entries' sizes: the logit of token 0 is a thousand times theirs.
+        assert torch.allclose(logits[row, :, 1:], alone[:, 1:], rtol=1e-9, atol=1e-9)
+
+
+def test_memory_does_not_grow(config):
+    model = make_model(config)
+    decoder = Decoder(model, [[1, 2, 3]], 50)
+    places = [tensor.data_ptr() for layer in decoder.state for tensor in layer]
+    before = state_bytes(decoder.state)
+    for token in range(50):
+        decoder.step(torch.tensor([token]))
+    assert state_bytes(decoder.state) == before
+    assert places == [tensor.data_ptr() for layer in decoder.state for tensor in layer]
+    if "*" not in config.layers:
+        assert before == expected_bytes(config, 1, element_bytes=4) == expected_bytes(config, 10**6, element_bytes=4)
+        longer = Decoder(model, [list(range(200))], 5000)
+        assert state_bytes(longer.state) == before
+    else:
+        keys_and_values = expected_bytes(config, 53, element_bytes=4)
+        assert keys_and_values <= before <= keys_and_values + 100 * config.layers.count("*")
+
+
+def test_a_graph_asked_for_on_a_cpu_changes_nothing(config):
+    model = make_model(config)
+    new = torch.randint(0, 270, (2, NEW))
+    logits = decoded(model, PROMPTS[:2], new)
+    assert torch.equal(decoded(model, PROMPTS[:2], new, cuda_graph=True), logits)
+
+
+def test_the_vocabulary_is_without_its_padding():
+    model = make_model(make_config(vocab_size=269))
+    assert model(torch.tensor([[1]])).shape[-1] == 272
+    assert Decoder(model, [[1]], 1).logits.shape == (1, 269)
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_equals_the_plain_one(config):
+    model = make_model(config, kernels="auto").cuda()
+    new = torch.randint(0, 270, (len(PROMPTS), NEW), device="cuda")
+    plain = decoded(model, PROMPTS, new)
+    assert torch.allclose(decoded(model, PROMPTS, new, cuda_graph=True), plain, rtol=1e-4, atol=1e-4)
