@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mamba3_train.kernels import triton_scan
+from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import wrong_descriptors
 
 SHARED_MEMORY = 227 * 1024
@@ -34,6 +35,8 @@ LAYER = {"heads": 64, "head_dim": 64, "d_state": 128, "rank": 1, "pairs": 32, "d
 SIZES = {
     "siso": LAYER,
     "mimo4": LAYER | {"rank": 4},
+    "siso_columns": LAYER | {"columns": 8672},
+    "mimo4_columns": LAYER | {"rank": 4, "columns": 9440},
     "siso_documents_norm": LAYER | {"documents": True, "norm": True},
     "mimo4_documents_norm": LAYER | {"rank": 4, "documents": True, "norm": True},
     "mimo2": LAYER | {"rank": 2},
@@ -51,19 +54,22 @@ SIZES = {
 }
 
 
-def meta_inputs(heads, head_dim, d_state, rank, pairs, dtype, documents=False, norm=False):
+def meta_inputs(heads, head_dim, d_state, rank, pairs, dtype, documents=False, norm=False, columns=0):
+    """columns: x and z are columns of a projection of that width, as in the model, not tensors of their own."""
     batch, seqlen = 2, 256
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     per_token = (batch, seqlen, heads)
-    wide, shared = (*per_token, head_dim), (batch, seqlen, rank, 1, d_state)
+    shared = (batch, seqlen, rank, 1, d_state)
+    inner = heads * head_dim
+    x = empty(batch, seqlen, columns or inner, dtype=dtype)[..., :inner].unflatten(-1, (heads, head_dim))
     mimo = [empty(heads, rank, head_dim) if rank > 1 else None for _ in range(3)]
-    return triton_scan.Inputs(
-        empty(*wide, dtype=dtype), empty(*shared, dtype=dtype), empty(*shared, dtype=dtype), empty(*per_token),
+    return Inputs(
+        x, empty(*shared, dtype=dtype), empty(*shared, dtype=dtype), empty(*per_token),
         empty(*per_token), empty(*per_token, dtype=dtype), empty(batch, seqlen, pairs, dtype=dtype) if pairs else None,
-        empty(heads, rank, d_state), empty(heads, rank, d_state), empty(heads), empty(*wide, dtype=dtype), *mimo,
+        empty(heads, rank, d_state), empty(heads, rank, d_state), empty(heads), x, *mimo,
         empty(heads, head_dim) if norm else None, empty(batch, seqlen, dtype=torch.int32) if documents else None, None,
     )  # fmt: skip
 
@@ -118,7 +124,7 @@ def main(sizes):
     for size in sizes:
         inputs = meta_inputs(**SIZES[size])
         _, last, kept = triton_scan.scan_forward(inputs, 1e-5, keep=True)
-        triton_scan.scan_backward(inputs, 1e-5, inputs.x, last, kept)
+        triton_scan.scan_backward(inputs, 1e-5, inputs.x.contiguous(), last, kept)
     return 1 if failed else 0
 
 

@@ -47,7 +47,7 @@ def chunk_keys_backward_kernel(
     d_x, d_keys, d_phase, inner, d_diagonal, d_D, d_mimo_x, seqlen, chunks, head_start,
     HEADS: tl.constexpr, HEADS_HERE: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr,
     PAIRS: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, HARDWARE: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, HARDWARE: tl.constexpr, TOKEN_STRIDE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """d_states: (batch, chunks, HEADS_HERE, P, N), of the state at each chunk's end.
 
@@ -82,7 +82,7 @@ def chunk_keys_backward_kernel(
     fraction = load_phase(phase + scalars * PAIRS, PAIRS, CHUNK, PAIR_BLOCK)
     s0, s1, s2 = load_rows(d_states + slot, column, column >= 0, D_STATE, D_STATE, PAIRS, PAIR_BLOCK, REST_BLOCK)
     q0, q1, q2 = load_rows(C + keys, row, valid, D_STATE, STRIDE, PAIRS, PAIR_BLOCK, REST_BLOCK)
-    raw = load_tokens(x + tokens, left, CHUNK, HEADS, HEAD_DIM)
+    raw = load_tokens(x + start * TOKEN_STRIDE + head * HEAD_DIM, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
     by_y = tl.load(d_y + rows * HEAD_DIM + row[:, None] * HEAD_DIM + column[None, :])
     total = tl.load(log_decay + scalars + CHUNK - 1)
     key = tl.load(key_log + scalars + row // RANK)
@@ -95,7 +95,7 @@ def chunk_keys_backward_kernel(
     if AHEAD > 0:
         fetch_chunk_ahead(
             d_states, d_y, phase, x, None, seqlen, chunks, head_start, chunks,
-            HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, AHEAD,
+            HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
         )  # fmt: skip
     k0, k1, k2 = hold_parts(k0, k1, k2, PAIRS, D_STATE, HARDWARE)
     cos, sin = turn_of(fraction, PAIRS, HARDWARE)

@@ -41,7 +41,7 @@ def chunk_outputs_kernel(
     head_start,
     HEADS: tl.constexpr, HEADS_HERE: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr,
     PAIRS: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, HARDWARE: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, HARDWARE: tl.constexpr, TOKEN_STRIDE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk.
 
@@ -62,6 +62,7 @@ def chunk_outputs_kernel(
     left = seqlen - chunk * CHUNK
     scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
     keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
+    values = start * TOKEN_STRIDE + head * HEAD_DIM
     tokens = (start * HEADS + head) * HEAD_DIM
     slot = ((batch * (chunks + 1) + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
     row = tl.arange(0, ROWS)
@@ -75,13 +76,13 @@ def chunk_outputs_kernel(
     s0, s1, s2 = load_rows(states + slot, column, column >= 0, D_STATE, D_STATE, PAIRS, PAIR_BLOCK, REST_BLOCK)
     fraction = load_phase(phase + scalars * PAIRS, PAIRS, CHUNK, PAIR_BLOCK)
     k0, k1, k2 = load_rows(B + keys, row, valid, D_STATE, STRIDE, PAIRS, PAIR_BLOCK, REST_BLOCK)
-    v = load_tokens(x + tokens, left, CHUNK, HEADS, HEAD_DIM)
+    v = load_tokens(x + values, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
     gate = 0.0
     if z is not None:
-        gate = load_tokens(z + tokens, left, CHUNK, HEADS, HEAD_DIM)
+        gate = load_tokens(z + values, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
     by_out = 0.0
     if d_out is not None:
-        by_out = load_tokens(d_out + tokens, left, CHUNK, HEADS, HEAD_DIM)
+        by_out = load_tokens(d_out + tokens, left, CHUNK, HEADS * HEAD_DIM, HEAD_DIM)
     decay = tl.load(log_decay + scalars + row // RANK)
     decay_t = tl.load(log_decay + scalars + token)
     key_t = tl.load(key_log + scalars + token)
@@ -121,7 +122,7 @@ def chunk_outputs_kernel(
     if AHEAD > 0:
         fetch_chunk_ahead(
             states, None, phase, x, z, seqlen, chunks, head_start, chunks + 1,
-            HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, AHEAD,
+            HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
         )  # fmt: skip
     # [rows, rows] @ [rows, P] -> [rows, P]
     y = by_token(tl.dot(scores.to(dtype), v, y, input_precision=PRECISION), CHUNK, RANK)

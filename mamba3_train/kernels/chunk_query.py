@@ -37,7 +37,7 @@ def chunk_queries_backward_kernel(
     d_local, d_queries, d_phase, inner, seqlen, chunks, head_start,
     HEADS: tl.constexpr, HEADS_HERE: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr,
     PAIRS: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, HARDWARE: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, HARDWARE: tl.constexpr, TOKEN_STRIDE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """d_y: (batch, HEADS_HERE, padded length · RANK, P); d_queries: (…, N), by C before rotation, of this head alone.
 
@@ -73,7 +73,7 @@ def chunk_queries_backward_kernel(
     scaled = tl.load(at_y + row[None, :] * HEAD_DIM + column[:, None])
     by_y = tl.load(at_y + row[:, None] * HEAD_DIM + column[None, :])
     s0, s1, s2 = load_rows(states + slot, column, column >= 0, D_STATE, D_STATE, PAIRS, PAIR_BLOCK, REST_BLOCK)
-    v = load_tokens(x + (start * HEADS + head) * HEAD_DIM, left, CHUNK, HEADS, HEAD_DIM)
+    v = load_tokens(x + start * TOKEN_STRIDE + head * HEAD_DIM, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
     k0, k1, k2 = load_rows(B + keys, row, valid, D_STATE, STRIDE, PAIRS, PAIR_BLOCK, REST_BLOCK)
     decay = tl.load(log_decay + scalars + row // RANK)
     decay_t = tl.load(log_decay + scalars + token)
@@ -84,7 +84,7 @@ def chunk_queries_backward_kernel(
     if AHEAD > 0:
         fetch_chunk_ahead(
             states, d_y, phase, x, None, seqlen, chunks, head_start, chunks + 1,
-            HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, AHEAD,
+            HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
         )  # fmt: skip
     q0, q1, q2 = hold_parts(q0, q1, q2, PAIRS, D_STATE, HARDWARE)
     cos, sin = turn_of(fraction, PAIRS, HARDWARE)

@@ -30,7 +30,7 @@ def chunk_states_kernel(
     x, mimo_x, B, B_bias, document_ids, log_decay, key_log, phase, states, seqlen, chunks, head_start,
     HEADS: tl.constexpr, HEADS_HERE: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr,
     PAIRS: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, HARDWARE: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, HARDWARE: tl.constexpr, TOKEN_STRIDE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """states: (batch, chunks, HEADS_HERE, P, N)."""
     ROWS: tl.constexpr = CHUNK * RANK
@@ -52,8 +52,8 @@ def chunk_states_kernel(
     # x is loaded transposed: Triton 3.6 on Hopper gives wrong products and illegal addresses where a computed tile, not
     # one straight from memory, is transposed into the left operand of a dot.
     column = tl.arange(0, HEAD_DIM)[:, None]
-    tokens = x + (start * HEADS + head) * HEAD_DIM
-    v = tl.load(tokens + token[None, :] * (HEADS * HEAD_DIM) + column, mask=token[None, :] < left, other=0.0)
+    tokens = x + start * TOKEN_STRIDE + head * HEAD_DIM
+    v = tl.load(tokens + token[None, :] * TOKEN_STRIDE + column, mask=token[None, :] < left, other=0.0)
     fraction = load_phase(phase + scalars * PAIRS, PAIRS, CHUNK, PAIR_BLOCK)
     b0, b1, b2 = load_bias(B_bias, head, D_STATE, PAIRS, RANK, PAIR_BLOCK, REST_BLOCK)
     if mimo_x is not None:
@@ -63,7 +63,7 @@ def chunk_states_kernel(
     if AHEAD > 0:
         fetch_chunk_ahead(
             None, None, phase, x, None, seqlen, chunks, head_start, chunks,
-            HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, AHEAD,
+            HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
         )  # fmt: skip
     k0, k1, k2 = hold_parts(k0, k1, k2, PAIRS, D_STATE, HARDWARE)
     v = hold(v, HARDWARE)

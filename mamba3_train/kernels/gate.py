@@ -84,7 +84,7 @@ def gate_rows_backward(y, d_out, z, mimo_z, mimo_o, norm_weight, norm_eps, RANK:
 def gate_backward_kernel(
     y, z, mimo_z, mimo_o, d_out, d_y, d_z, d_mimo_z, d_mimo_o, seqlen, chunks, head_start,
     HEADS: tl.constexpr, HEADS_HERE: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    HARDWARE: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """From the output's gradient to y's, z's and the gate's weights'; rank 1, y (batch, seqlen, HEADS, P).
 
@@ -97,10 +97,13 @@ def gate_backward_kernel(
     token = tl.arange(0, CHUNK)
     column = tl.arange(0, HEAD_DIM)
     left = seqlen - chunk * CHUNK
-    tokens = ((batch * seqlen + chunk * CHUNK) * HEADS + head) * HEAD_DIM
-    kept = load_tokens(y + tokens, left, CHUNK, HEADS, HEAD_DIM).to(tl.float32)
-    by_out = load_tokens(d_out + tokens, left, CHUNK, HEADS, HEAD_DIM).to(tl.float32)
-    gate = None if z is None else load_tokens(z + tokens, left, CHUNK, HEADS, HEAD_DIM)
+    start = batch * seqlen + chunk * CHUNK
+    tokens = (start * HEADS + head) * HEAD_DIM
+    kept = load_tokens(y + tokens, left, CHUNK, HEADS * HEAD_DIM, HEAD_DIM).to(tl.float32)
+    by_out = load_tokens(d_out + tokens, left, CHUNK, HEADS * HEAD_DIM, HEAD_DIM).to(tl.float32)
+    gate = None
+    if z is not None:
+        gate = load_tokens(z + start * TOKEN_STRIDE + head * HEAD_DIM, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
     by_y, by_z, by_mimo_z, by_mimo_o, _ = gate_rows_backward(
         kept, by_out, gate, None if mimo_z is None else load_ranks(mimo_z, head, 1, HEAD_DIM),
         None if mimo_o is None else load_ranks(mimo_o, head, 1, HEAD_DIM), None, 0.0, 1, HEAD_DIM, HARDWARE

@@ -117,17 +117,18 @@ def fetch_ahead(pointer, BYTES: tl.constexpr):
 
 
 @triton.jit
-def fetch_tokens_ahead(x, left, CHUNK: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def fetch_tokens_ahead(x, left, CHUNK: tl.constexpr, TOKEN_STRIDE: tl.constexpr):
     """The same for what `load_tokens` loads."""
     token = tl.minimum(tl.arange(0, CHUNK), left - 1)
-    address = (x + token * (HEADS * HEAD_DIM)).to(tl.int64)
+    address = (x + token * TOKEN_STRIDE).to(tl.int64)
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], tl.int32, False, 1)
 
 
 @triton.jit
 def fetch_chunk_ahead(state, rows, phase, x, z, seqlen, chunks, head_start, SLOTS, HEADS: tl.constexpr,
                       HEADS_HERE: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
-                      RANK: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+                      RANK: tl.constexpr, CHUNK: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
+                      AHEAD: tl.constexpr):  # fmt: skip
     """Bring into the L2 cache what the program AHEAD of this one loads: a program has no registers to load it itself.
 
     state: (batch, SLOTS, HEADS_HERE, P, N), rows: (batch, HEADS_HERE, padded length · RANK, P), phase, x, z; any None.
@@ -138,7 +139,7 @@ def fetch_chunk_ahead(state, rows, phase, x, z, seqlen, chunks, head_start, SLOT
     batch = tl.program_id(1).to(tl.int64)
     left = seqlen - chunk * CHUNK
     head = head_start + here
-    tokens = ((batch * seqlen + chunk * CHUNK) * HEADS + head) * HEAD_DIM
+    tokens = (batch * seqlen + chunk * CHUNK) * TOKEN_STRIDE + head * HEAD_DIM
     if state is not None:
         bytes: tl.constexpr = HEAD_DIM * D_STATE * state.dtype.element_ty.primitive_bitwidth // 8
         fetch_ahead(state + ((batch * SLOTS + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE), bytes)
@@ -148,9 +149,9 @@ def fetch_chunk_ahead(state, rows, phase, x, z, seqlen, chunks, head_start, SLOT
     if PAIRS % 8 == 0 and PAIRS > 0:
         phase_bytes: tl.constexpr = CHUNK * PAIRS * phase.dtype.element_ty.primitive_bitwidth // 8
         fetch_ahead(phase + ((batch * HEADS + head) * chunks + chunk) * (CHUNK * PAIRS), phase_bytes)
-    fetch_tokens_ahead(x + tokens, left, CHUNK, HEADS, HEAD_DIM)
+    fetch_tokens_ahead(x + tokens, left, CHUNK, TOKEN_STRIDE)
     if z is not None:
-        fetch_tokens_ahead(z + tokens, left, CHUNK, HEADS, HEAD_DIM)
+        fetch_tokens_ahead(z + tokens, left, CHUNK, TOKEN_STRIDE)
 
 
 @triton.jit
@@ -384,10 +385,10 @@ def load_ids(document_ids, start, token, left):
 
 
 @triton.jit
-def load_tokens(x, left, CHUNK: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """A chunk's tokens of one head of a (tokens, HEADS, P) tensor: (CHUNK, P), zero past the sequence's end."""
+def load_tokens(x, left, CHUNK: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """One head of a chunk's tokens, which lie STRIDE apart: (CHUNK, P), zero past the sequence's end."""
     token = tl.arange(0, CHUNK)[:, None]
-    return tl.load(x + token * (HEADS * HEAD_DIM) + tl.arange(0, HEAD_DIM)[None, :], mask=token < left, other=0.0)
+    return tl.load(x + token * STRIDE + tl.arange(0, HEAD_DIM)[None, :], mask=token < left, other=0.0)
 
 
 @triton.jit

@@ -5,6 +5,8 @@ Importing this needs no Triton: the kernels are imported when the operator first
 
 import torch
 
+from mamba3_train.kernels.inputs import Inputs
+
 _INPUTS = (
     "Tensor x, Tensor B, Tensor C, Tensor dt, Tensor A, Tensor? trap, Tensor? angles, Tensor? B_bias, Tensor? C_bias, "
     "Tensor? D, Tensor? z, Tensor? mimo_x, Tensor? mimo_z, Tensor? mimo_o, Tensor? norm_weight, Tensor? document_ids, "
@@ -27,19 +29,19 @@ _KEPT = 6
 def scan(*arguments):
     """Outputs, last state, and what is kept for the backward: the per-token scales and, at rank 1, y.
 
-    Inputs as `triton_scan.Inputs`; chunk 0 leaves its size to the table; keep False keeps nothing but the inputs.
+    Inputs as `inputs.Inputs`; chunk 0 leaves its size to the table; keep False keeps nothing but the inputs.
     """
     from mamba3_train.kernels.triton_scan import scan_forward
 
     *tensors, norm_eps, chunk, keep = arguments
-    out, last, kept = scan_forward(_contiguous(tensors), norm_eps, keep, chunk)
+    out, last, kept = scan_forward(Inputs(*tensors).readable(), norm_eps, keep, chunk)
     kept = (*kept.scales, kept.y) if keep else [None] * _KEPT
     return out, last, *(out.new_empty(0) if tensor is None else tensor for tensor in kept)
 
 
 @scan.register_fake
 def _(*arguments):
-    from mamba3_train.kernels.triton_scan import Inputs, Sizes, keeps_y, scale_shapes
+    from mamba3_train.kernels.triton_scan import Sizes, keeps_y, scale_shapes
 
     *tensors, _, chunk, keep = arguments
     inputs = Inputs(*tensors)
@@ -65,7 +67,7 @@ def scan_backward(d_out, d_last, *arguments):
     *scales, y = kept
     kept = Kept(Scales(*scales), y if y.numel() else None) if scales[0].numel() else None
     d_last = None if d_last is None else d_last.contiguous()
-    grads = scan_backward(_contiguous(tensors), norm_eps, d_out.contiguous(), d_last, kept, chunk)
+    grads = scan_backward(Inputs(*tensors).readable(), norm_eps, d_out.contiguous(), d_last, kept, chunk)
     return [grad for grad in grads if grad is not None]
 
 
@@ -92,9 +94,3 @@ def _backward(ctx, d_out, d_last, *_):
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _contiguous(tensors):
-    from mamba3_train.kernels.triton_scan import Inputs
-
-    return Inputs(*(None if tensor is None else tensor.contiguous() for tensor in tensors))

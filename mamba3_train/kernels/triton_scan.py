@@ -23,32 +23,8 @@ from mamba3_train.kernels import (
     state_passing,
     token_scales,
 )
+from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import Launch, choose, heads_in_pass, interpreted, programs_ahead, run
-
-
-class Inputs(NamedTuple):
-    """Contiguous tensors of the scan, shaped as in `scan.mamba3_scan`.
-
-    initial: (batch, H, P, N) float32, the state before the first token, its look-ahead already in it.
-    """
-
-    x: Tensor
-    B: Tensor
-    C: Tensor
-    dt: Tensor
-    A: Tensor
-    trap: Tensor | None
-    angles: Tensor | None
-    B_bias: Tensor | None
-    C_bias: Tensor | None
-    D: Tensor | None
-    z: Tensor | None
-    mimo_x: Tensor | None
-    mimo_z: Tensor | None
-    mimo_o: Tensor | None
-    norm_weight: Tensor | None
-    document_ids: Tensor | None
-    initial: Tensor | None
 
 
 class Scales(NamedTuple):
@@ -176,8 +152,8 @@ def scan_forward(
     """Outputs (batch, seqlen, H, P), the last state (batch, H, P, N) float32, and what `keep` keeps."""
     sizes = Sizes.of(inputs, launch).in_forward()
     scales = compute_scales(sizes, inputs)
-    out = torch.empty_like(inputs.x)
-    kept_y = torch.empty_like(inputs.x) if keep and keeps_y(inputs) else None
+    out = sizes.empty(*inputs.x.shape, dtype=sizes.dtype)
+    kept_y = torch.empty_like(out) if keep and keeps_y(inputs) else None
     last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
     for head in sizes.passes():
         before = compute_states(sizes, inputs, scales, head, last)
@@ -185,7 +161,7 @@ def scan_forward(
             chunk_output.chunk_outputs_kernel, sizes.chunk_grid(),
             *_rows_arguments(inputs), *scales[:3], scales.phase, before, out, kept_y, *[None] * 6, norm_eps,
             sizes.seqlen, sizes.chunks, head,
-            **sizes.chunk_constants, **sizes.launch.options("outputs"),
+            **sizes.chunk_constants, TOKEN_STRIDE=inputs.token_stride, **sizes.launch.options("outputs"),
         )  # fmt: skip
     return out, last, Kept(scales, kept_y)
 
@@ -207,8 +183,8 @@ def scan_backward(
     per_token = (batch, heads, padded)
     angle_parts = len(sizes.passes()) * triton.cdiv(sizes.heads_here, token_scales.HEAD_BLOCK)
     grads = {
-        "x": torch.empty_like(inputs.x),
-        "z": None if inputs.z is None else torch.empty_like(inputs.z),
+        "x": sizes.empty(*inputs.x.shape, dtype=sizes.dtype),
+        "z": None if inputs.z is None else sizes.empty(*inputs.z.shape, dtype=inputs.z.dtype),
         "B": sizes.empty(*inputs.B.shape), "C": sizes.empty(*inputs.C.shape),
         "initial": None if inputs.initial is None else torch.empty_like(inputs.initial),
         "dt": torch.empty_like(inputs.dt), "A": torch.empty_like(inputs.A),
@@ -266,7 +242,7 @@ def local_states(sizes: Sizes, inputs: Inputs, scales: Scales, head: int) -> Ten
         chunk_state.chunk_states_kernel, sizes.chunk_grid(),
         inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.log_decay, scales.key_log,
         scales.phase, local, sizes.seqlen, sizes.chunks, head,
-        **sizes.chunk_constants, **sizes.launch.options("states"),
+        **sizes.chunk_constants, TOKEN_STRIDE=inputs.token_stride, **sizes.launch.options("states"),
     )  # fmt: skip
     return local
 
@@ -289,7 +265,7 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     before = compute_states(sizes, inputs, scales, head, last)
     rows = (sizes.batch, sizes.heads_here, sizes.padded * sizes.rank)
     d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
-    constants = sizes.chunk_constants
+    constants = sizes.chunk_constants | {"TOKEN_STRIDE": inputs.token_stride}
     gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"])
     place = (sizes.seqlen, sizes.chunks, head)
     if kept.y is None:
@@ -304,7 +280,7 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
             gate.gate_backward_kernel, sizes.chunk_grid(),
             kept.y, inputs.z, inputs.mimo_z, inputs.mimo_o, *gate_grads, *place,
             HEADS=sizes.heads, HEADS_HERE=sizes.heads_here, HEAD_DIM=sizes.head_dim, CHUNK=sizes.launch.chunk,
-            HARDWARE=sizes.hardware, num_warps=4,
+            HARDWARE=sizes.hardware, TOKEN_STRIDE=inputs.token_stride, num_warps=4,
         )  # fmt: skip
     d_local, d_queries = sizes.state_slots(sizes.chunks), sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
     run(

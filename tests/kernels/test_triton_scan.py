@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 from mamba3_train.kernels import ScanState, mamba3_scan, reference, triton_scan
+from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import Launch
 from mamba3_train.kernels.triton_op import scan
-from mamba3_train.kernels.triton_scan import Inputs, Sizes, compute_scales, local_states, pass_states
+from mamba3_train.kernels.triton_scan import Sizes, compute_scales, local_states, pass_states
 from tests.scan_inputs import scan_inputs, scan_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,6 +116,44 @@ def test_whole_scan_and_all_gradients(case):
 def test_every_option_can_be_left_out(missing):
     inputs = inputs_of(seqlen=18, batch=1)
     check({name: tensor for name, tensor in inputs.items() if name not in missing}, chunk_size=16)
+
+
+def as_columns(inputs, width=80, at=(0, 40)):
+    """The same inputs with x and z as columns of one projection; H · P is 32."""
+    projection = torch.full((*inputs["x"].shape[:2], width), math.nan, device=DEVICE)
+    columns = {}
+    for name, first in zip(("z", "x"), at, strict=True):
+        columns[name] = projection[..., first : first + 32].unflatten(-1, (2, 16))
+        columns[name].copy_(inputs[name])
+    return inputs | columns
+
+
+@pytest.mark.parametrize("sizes", [{}, {"rank": 2, "norm": True}], ids=str)
+def test_columns_of_a_projection_are_read_in_place(sizes):
+    contiguous = inputs_of(seqlen=37, batch=1, **sizes)
+    inputs = as_columns(contiguous)
+    ours = Inputs(*(inputs.get(name) for name in Inputs._fields))
+    assert [t.data_ptr() for t in ours.readable() if t is not None] == [t.data_ptr() for t in ours if t is not None]
+    assert ours.token_stride == 80
+    actual, expected = (run(given, "triton") for given in (inputs, contiguous))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("change", ["odd width", "z elsewhere", "transposed", "rows apart"])
+def test_what_cannot_be_read_in_place_is_copied(change):
+    contiguous = inputs_of(seqlen=18)
+    inputs = as_columns(contiguous, width=81) if change == "odd width" else as_columns(contiguous)
+    if change == "z elsewhere":
+        inputs["z"] = contiguous["z"]
+    if change == "transposed":
+        inputs |= {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("x", "z")}
+    if change == "rows apart":
+        inputs |= {name: torch.cat([contiguous[name]] * 2, dim=1)[:, :18] for name in ("x", "z")}
+    readable = Inputs(*(inputs.get(name) for name in Inputs._fields)).readable()
+    assert readable.x.is_contiguous()
+    assert readable.z.is_contiguous()
+    assert readable.token_stride == 32
+    assert torch.equal(readable.x, contiguous["x"])
 
 
 def test_fixed_angles():

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 STRATEGIES = ("ddp", "fsdp", "hsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+PRECISIONS = ("32-true", "bf16-mixed")
 STEPS, HALF = 20, 10
 SMALL = [
     "+recipe=quickstart", "data.prepare.automatic=false", "data.validation_sequences=4", "data.sequence_length=32",
@@ -55,14 +56,18 @@ def main() -> None:
     # The one that is alone goes first: the others go on from its checkpoints.
     work(arguments, ("single", "accumulation"))
     start_two(command)
+    if arguments.all_pairs:
+        for precision, source in itertools.product(PRECISIONS, STRATEGIES):
+            change(arguments, source, "single", precision)
 
 
 def start_two(command: list[str]) -> None:
-    """Run a command as two processes that find each other; ends with the first one's failure."""
+    """Run a command as two processes that find each other; ends here if one of them fails."""
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
     codes = [process.wait() for process in processes]
-    sys.exit(max(codes, key=abs))
+    if any(codes):
+        sys.exit(max(codes, key=abs))
 
 
 def free_port() -> str:
@@ -77,7 +82,7 @@ def free_port() -> str:
 def work(arguments: argparse.Namespace, strategies: tuple[str, ...]) -> None:
     """Train under every strategy from the start, then under every one from another's checkpoint of half-way."""
     # DeepSpeed remembers autocast for the life of the process, so float32 comes first.
-    for precision in ("32-true", "bf16-mixed"):
+    for precision in PRECISIONS:
         for strategy in strategies:
             train(arguments, arguments.folder / precision / strategy, strategy, precision)
         if "single" in strategies or (precision != "32-true" and not arguments.all_pairs):
@@ -86,9 +91,14 @@ def work(arguments: argparse.Namespace, strategies: tuple[str, ...]) -> None:
         pairs = itertools.product(before, strategies) if arguments.all_pairs else itertools.pairwise(before)
         for source, strategy in pairs:
             if source != strategy:
-                folder = arguments.folder / precision / f"{source}-then-{strategy}"
-                go_on_from(arguments.folder / precision / source, folder)
-                train(arguments, folder, strategy, precision)
+                change(arguments, source, strategy, precision)
+
+
+def change(arguments: argparse.Namespace, source: str, strategy: str, precision: str) -> None:
+    """Train the second half under another strategy than the first."""
+    folder = arguments.folder / precision / f"{source}-then-{strategy}"
+    go_on_from(arguments.folder / precision / source, folder)
+    train(arguments, folder, strategy, precision)
 
 
 def train(arguments: argparse.Namespace, folder: Path, strategy: str, precision: str) -> None:
