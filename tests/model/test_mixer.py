@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.model import Mamba3Mixer, MixerConfig, initialize
 from mamba3_train.model.config import Mamba3Config
 
@@ -46,6 +47,22 @@ def test_every_setting_trains_every_parameter(settings):
     assert torch.equal(mixer(changed)[:, :-1], y[:, :-1])
     if settings != {"rope_fraction": 1.0}:
         assert not torch.allclose(y, make_mixer()(u))
+
+
+def test_the_scan_reads_the_projection_in_place(monkeypatch):
+    """A rearranged projection would cost a copy of x and z in every layer, forward and backward."""
+    given = {}
+
+    def scan(x, *rest, **options):
+        given.update(zip(Inputs._fields, (x, *rest, None, None, None), strict=True))
+        return x
+
+    monkeypatch.setattr("mamba3_train.model.mixer.mamba3_scan", scan)
+    for u in (torch.randn(2, 20, 16), torch.randn(1, 7, 16)):
+        make_mixer(rope_fraction=1.0).float()(u)
+        readable = Inputs(**given).readable()
+        assert readable.x.data_ptr() == given["x"].data_ptr()
+        assert readable.z.data_ptr() == given["z"].data_ptr()
 
 
 @pytest.mark.parametrize("settings", ABLATIONS, ids=str)
