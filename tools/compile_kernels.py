@@ -3,9 +3,10 @@
     python tools/compile_kernels.py              # all sizes below: minutes
     python tools/compile_kernels.py siso mimo4   # some
 
-The launches are the real ones: the scan runs on meta tensors and each launch is compiled instead of made. One line of
-JSON a kernel: registers, stores that spill, shared memory, faults in its code (see `launch.wrong_descriptors`). Exits
-with 1 if a kernel has a fault or needs more shared memory than a block of an H100 or H200 has.
+The launches are the real ones: the scan and the decode step run on meta tensors and each launch is compiled instead of
+made. One line of JSON a kernel: registers, stores that spill, shared memory, faults in its code (see
+`launch.wrong_descriptors`). Exits with 1 if a kernel has a fault or needs more shared memory than a block of an H100 or
+H200 has.
 """
 
 import json
@@ -22,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mamba3_train.kernels import triton_scan
+from mamba3_train.kernels import StepState, decode_step, triton_scan
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import wrong_descriptors
 
@@ -74,6 +75,17 @@ def meta_inputs(heads, head_dim, d_state, rank, pairs, dtype, documents=False, n
     )  # fmt: skip
 
 
+def decode(inputs):
+    """One token of these inputs through the decode step, with a bfloat16 state for 16-bit inputs."""
+    per_token = ("x", "B", "C", "dt", "A", "trap", "angles", "z")
+    token = {n: t[:, :1] if n in per_token and t is not None else t for n, t in inputs._asdict().items()}
+    x, B = token["x"], token["B"]
+    ssm = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    ssm = x.new_empty((x.shape[0], *x.shape[2:], B.shape[-1]), dtype=ssm)
+    state = StepState(ssm, B[:, 0].contiguous(), x[:, 0].contiguous())
+    decode_step.decode_token(Inputs(**token | {"document_ids": None}), state, 1e-5)
+
+
 def compile_launch(kernel, args, options):
     """Compile one launch as the runtime would, its pointers taken to be aligned."""
     names = kernel.arg_names
@@ -120,11 +132,12 @@ def main(sizes):
             if line["faults"] or line["shared"] > SHARED_MEMORY:
                 failed.append(line)
 
-    triton_scan.run = compile_instead
+    triton_scan.run = decode_step.run = compile_instead
     for size in sizes:
         inputs = meta_inputs(**SIZES[size])
         _, last, kept = triton_scan.scan_forward(inputs, 1e-5, keep=True)
         triton_scan.scan_backward(inputs, 1e-5, inputs.x.contiguous(), last, kept)
+        decode(inputs)
     return 1 if failed else 0
 
 

@@ -53,12 +53,8 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: int = 0) -> Launch:
-    """The configuration for these sizes; chunk 0 is the table's.
-
-    Raises:
-        ValueError: sizes or a dtype that no kernel serves.
-    """
+def check_sizes(rank: int, head_dim: int, d_state: int, dtype: torch.dtype) -> None:
+    """Raise ValueError for sizes or a dtype that no kernel serves."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"backend 'triton' takes x in float16, bfloat16 or float32, got {dtype}: use 'reference'")
     if interpreted() and dtype == torch.bfloat16:
@@ -69,6 +65,15 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: in
         raise ValueError(f"backend 'triton' takes head_dim {HEAD_DIMS}, got {head_dim}: use 'reference'")
     if d_state % 2 or not 16 <= d_state <= 256:
         raise ValueError(f"backend 'triton' takes an even d_state from 16 to 256, got {d_state}: use 'reference'")
+
+
+def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: int = 0) -> Launch:
+    """The configuration for these sizes; chunk 0 is the table's.
+
+    Raises:
+        ValueError: sizes or a dtype that no kernel serves.
+    """
+    check_sizes(rank, head_dim, d_state, dtype)
     table = SINGLE if dtype == torch.float32 else HALF
     rows, heads, options = next(value for size, value in table.items() if d_state * head_dim <= size)
     largest, least = rows // rank, max(1, 16 // rank)

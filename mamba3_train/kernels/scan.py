@@ -76,7 +76,7 @@ def mamba3_scan(
         ValueError: shapes, dtypes, devices or documents that do not fit together.
     """
     batch, seqlen = x.shape[:2] if x.dim() == 4 else (0, 0)
-    _check(x, B, C, dt, A, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight)
+    check_inputs(x, B, C, dt, A, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight)
     if cu_seqlens is not None:
         if document_ids is not None:
             raise ValueError("give cu_seqlens or document_ids, not both")
@@ -126,10 +126,7 @@ def _reference(tensors, options, initial_state, chunk_size, recurrent):
 def _triton(tensors, options, initial_state, chunk_size, keep):
     """Run the Triton kernels; the look-ahead into the first token is added to the incoming state out here."""
     x, B, _, dt, _, trap, _, B_bias, _, _, _, mimo_x, *_ = tensors
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"backend 'triton' needs CUDA tensors, x is on {x.device}: use 'reference'")
-    if not HAS_TRITON:
-        raise ValueError("backend 'triton' needs the package triton, which is not installed: use 'reference'")
+    check_triton(x)
     initial = None
     if initial_state is not None:
         with torch.autocast(x.device.type, enabled=False):
@@ -142,7 +139,15 @@ def _triton(tensors, options, initial_state, chunk_size, keep):
     return out, ScanState(last, B[:, -1], x[:, -1])
 
 
-def _check(x, B, C, dt, A, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight):
+def check_triton(x: Tensor) -> None:
+    """Raise ValueError where the Triton kernels cannot run."""
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend 'triton' needs CUDA tensors, x is on {x.device}: use 'reference'")
+    if not HAS_TRITON:
+        raise ValueError("backend 'triton' needs the package triton, which is not installed: use 'reference'")
+
+
+def check_inputs(x, B, C, dt, A, trap, angles, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight):
     """Raise ValueError naming the first argument that does not fit, what came and what is expected."""
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"x must be (batch, seqlen, heads, head_dim), none of them 0, got {tuple(x.shape)}")

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba3_train.kernels import ScanState, mamba3_scan
+from mamba3_train.kernels import ScanState, StepState, mamba3_scan, mamba3_step
 from mamba3_train.model.config import MixerConfig
 
 
@@ -56,17 +56,39 @@ class Mamba3Mixer(nn.Module):
         self,
         u: Tensor,
         document_ids: Tensor | None = None,
-        state: ScanState | None = None,
+        state: ScanState | StepState | None = None,
         return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, ScanState]:
-        """(batch, seqlen, d_model) → the same shape; document_ids, state and return_state as in `mamba3_scan`."""
+    ) -> Tensor | tuple[Tensor, ScanState | StepState]:
+        """(batch, seqlen, d_model) → the same shape; document_ids, state and return_state as in `mamba3_scan`.
+
+        A `StepState` takes one token, changes, and is returned itself, see `mamba3_step`.
+        """
+        inputs, options = self._scan_arguments(u)
+        if isinstance(state, StepState):
+            y, new_state = mamba3_step(*inputs, state=state, **options), state
+        else:
+            options |= {"document_ids": document_ids, "initial_state": state, "return_state": return_state}
+            scanned = mamba3_scan(*inputs, **options)
+            y, new_state = scanned if return_state else (scanned, None)
+        out = self.out_proj(y.flatten(-2))
+        return (out, new_state) if return_state else out
+
+    def zero_state(self, batch: int, ssm_dtype: torch.dtype = torch.float32) -> StepState:
+        """The state before the first token of each of `batch` sequences."""
+        config, weight = self.config, self.in_proj.weight
+        ssm = (batch, self.heads, config.head_dim, config.d_state)
+        B = (batch, config.rank, config.groups, config.d_state)
+        return StepState.zeros(ssm, B, ssm_dtype=ssm_dtype, dtype=weight.dtype, device=weight.device)
+
+    def _scan_arguments(self, u: Tensor) -> tuple[tuple[Tensor | None, ...], dict]:
+        """What the scan and the step take, by position and by name."""
         config = self.config
         z, x, B, C, dt, A, trap, angles = self.in_proj(u).split(list(self.in_proj_widths().values()), dim=-1)
         z, x = (v.unflatten(-1, (self.heads, config.head_dim)) for v in (z, x))
         B, C = (v.unflatten(-1, (config.rank, config.groups, config.d_state)) for v in (B, C))
         # Step sizes and decays stay in the parameters' own precision whatever autocast does to the projection.
         precise = self.dt_bias.dtype
-        scanned = mamba3_scan(
+        inputs = (
             x,
             self.B_norm(B).to(x.dtype),
             self.C_norm(C).to(x.dtype),
@@ -81,16 +103,8 @@ class Mamba3Mixer(nn.Module):
             self.mimo_x,
             self.mimo_z,
             self.mimo_o,
-            norm_weight=self.norm_weight,
-            norm_eps=self.norm_eps,
-            document_ids=document_ids,
-            initial_state=state,
-            return_state=return_state,
-            backend=self.kernels,
         )
-        y, new_state = scanned if return_state else (scanned, None)
-        out = self.out_proj(y.flatten(-2))
-        return (out, new_state) if return_state else out
+        return inputs, {"norm_weight": self.norm_weight, "norm_eps": self.norm_eps, "backend": self.kernels}
 
     def _decay_rate(self, a: Tensor) -> Tensor:
         """A < 0. heavy_tail(a) is 1 + a for a ≥ 0 and 1 / (1 − a) below: positive, with a gradient that dies slowly."""

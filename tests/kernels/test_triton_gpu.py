@@ -1,4 +1,4 @@
-"""On a GPU: every gradient against float64, in each dtype; determinism, 262,144 tokens, packed documents."""
+"""On a GPU: every gradient against float64, in each dtype; determinism, 262,144 tokens, packed documents, decoding."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from safetensors import safe_open
 pytest.importorskip("triton")
 
 from mamba3_train.checkpoint.official_mamba import mixer_from_official
-from mamba3_train.kernels import ScanState, mamba3_scan
-from tests.scan_inputs import scan_inputs
+from mamba3_train.kernels import ScanState, StepState, mamba3_scan, mamba3_step
+from tests.scan_inputs import PER_TOKEN, scan_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -100,12 +100,72 @@ def test_one_row_of_262144_tokens(rank):
     assert (tail.double() - expected).norm() <= 5e-3 * expected.norm()
 
 
+def token(inputs, at=0):
+    return {n: t[:, at : at + 1] if n in PER_TOKEN else t for n, t in inputs.items()}
+
+
+def start(inputs, ssm_dtype):
+    batch, _, heads, head_dim = inputs["x"].shape
+    rank, groups, d_state = inputs["B"].shape[2:]
+    shapes = (batch, heads, head_dim, d_state), (batch, rank, groups, d_state)
+    return StepState.zeros(*shapes, ssm_dtype=ssm_dtype, dtype=inputs["x"].dtype, device="cuda")
+
+
+@pytest.mark.parametrize("ssm_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_steps_are_the_scan(size, norm, ssm_dtype):
+    inputs = inputs_of(torch.bfloat16, seqlen=40, norm=norm, **SIZES[size])
+    expected, after = mamba3_scan(**{n: t.double() for n, t in inputs.items()}, return_state=True)
+    state = start(inputs, ssm_dtype)
+    y = torch.cat([mamba3_step(**token(inputs, t), state=state, backend="triton") for t in range(40)], dim=1)
+    limit = 5e-3 if ssm_dtype == torch.float32 else 1.5e-2
+    assert (y.double() - expected).norm() <= limit * expected.norm()
+    assert (state.ssm.double() - after.ssm).norm() <= limit * after.ssm.norm()
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@torch.no_grad()
+def test_steps_replayed_from_a_cuda_graph(rank):
+    inputs = inputs_of(torch.bfloat16, rank=rank, seqlen=20)
+    state, replayed = start(inputs, torch.bfloat16), start(inputs, torch.bfloat16)
+    expected = [mamba3_step(**token(inputs, t), state=state, backend="triton") for t in range(20)]
+    place = {n: t.clone() for n, t in token(inputs).items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = mamba3_step(**place, state=replayed, backend="triton")
+    for t in range(20):
+        for name, tensor in token(inputs, t).items():
+            place[name].copy_(tensor)
+        graph.replay()
+        assert torch.equal(y, expected[t])
+    assert all(torch.equal(a, b) for a, b in zip(state, replayed, strict=True))
+
+
+@torch.no_grad()
+def test_a_state_of_more_than_2_31_elements():
+    inputs = inputs_of(torch.bfloat16, batch=4100, seqlen=1, heads=64)
+    state = start(inputs, torch.bfloat16)
+    state.ssm[-1].normal_()
+    last = StepState.of(ScanState(*(t[-1:] for t in state)))
+    alone = {n: t[-1:] if n in PER_TOKEN else t for n, t in inputs.items()}
+    y = mamba3_step(**inputs, state=state, backend="triton")
+    assert torch.equal(y[-1:], mamba3_step(**alone, state=last, backend="triton"))
+    assert torch.equal(state.ssm[-1:], last.ssm)
+
+
 def test_no_wait_for_the_device():
     inputs = inputs_of(torch.bfloat16)
     ids = torch.zeros(2, 333, dtype=torch.int32, device="cuda")
     run(inputs, "triton", document_ids=ids)
+    state = start(inputs, torch.float32)
+    with torch.no_grad():
+        mamba3_step(**token(inputs), state=state, backend="triton")
     torch.cuda.set_sync_debug_mode("error")
     try:
+        with torch.no_grad():
+            mamba3_step(**token(inputs), state=state, backend="triton")
         leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
         y = mamba3_scan(**leaves, backend="triton", document_ids=ids)
         y.backward(y.detach())

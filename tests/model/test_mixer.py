@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mamba3_train.kernels import StepState
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.model import Mamba3Mixer, MixerConfig, initialize
 from mamba3_train.model.config import Mamba3Config
@@ -107,3 +108,22 @@ def test_autocast_leaves_step_sizes_and_decay_in_float32():
     assert mixer.dt_bias.dtype == torch.float32
     error = (y.float() - expected).norm() / expected.norm()
     assert 0 < error < 0.02
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 2, "output_norm": True}], ids=str)
+def test_steps_in_place_equal_the_whole_row(settings):
+    mixer, u = make_mixer(**settings), torch.randn(2, 9, 16, dtype=torch.float64)
+    with torch.no_grad():
+        expected, last = mixer(u, return_state=True)
+        state, outputs = mixer.zero_state(2, torch.float64), []
+        for t in range(9):
+            y, same = mixer(u[:, t : t + 1], state=state, return_state=True)
+            assert same is state
+            outputs.append(y)
+        assert torch.allclose(torch.cat(outputs, 1), expected, rtol=1e-10, atol=1e-12)
+        assert all(torch.allclose(a, e, rtol=1e-10, atol=1e-12) for a, e in zip(state, last, strict=True))
+        # What a scan leaves is copied: its own state stays as it was.
+        y, after = mixer(u[:, :1], state=StepState.of(last), return_state=True)
+        expected = mixer(u[:, :1], state=last)
+        assert torch.allclose(y, expected, rtol=1e-10, atol=1e-12)
+        assert not torch.allclose(after.ssm, last.ssm)
