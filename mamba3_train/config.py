@@ -127,6 +127,8 @@ class TrainConfig:
     profile: list[int] | None = None
     """First and last step, counted from 1, to record with PyTorch's profiler into the run folder."""
     resume: Resume = Resume.auto
+    init_from: str | None = None
+    """Begin with the weights of this run, checkpoint, export or public checkpoint; a run that goes on has its own."""
 
 
 @dataclass
@@ -186,12 +188,27 @@ class GenerateConfig(UseConfig):
     """A file for the results, a JSON object a line."""
 
 
+@dataclass
+class ExportConfig:
+    """Root of a config of an export."""
+
+    run: str = MISSING
+    step: int | None = None
+    to: str = "hf"
+    output: str = MISSING
+    dtype: str = "float32"
+    tokenizer: str | None = None
+    shard_gib: float = 4.6
+    """Most that one file of weights holds."""
+
+
 def register_configs() -> None:
     """Store the root schemas, and every file of recipes/ as group `recipe`, in Hydra's ConfigStore."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="plan_schema", node=PlanConfig)
     store.store(name="generate_schema", node=GenerateConfig)
+    store.store(name="export_schema", node=ExportConfig)
     folder = shipped_folder("recipes")
     for path in sorted(folder.rglob("*.yaml")):
         group = "/".join(["recipe", *path.relative_to(folder).parts[:-1]])

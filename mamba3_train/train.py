@@ -31,7 +31,8 @@ def cli(config: DictConfig) -> int:
     # Everything that can be refused is built first: a mistake must leave no trace in the run folder.
     model_config = instantiate(config.model)
     data = instantiate(config.data)
-    module = assembly.build_module(config, model_config)
+    start = assembly.open_start(config, model_config)
+    module = assembly.build_module(config, model_config, start)
     strategy = assembly.build_strategy(config)
     precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
     checkpointing = assembly.build_checkpointing(config, data)
@@ -43,12 +44,16 @@ def cli(config: DictConfig) -> int:
     processes.join(on_gpu(config.trainer.accelerator), config.trainer.watchdog_seconds)
     processes.decided_by_rank_zero(data.prepare_data)
     data.setup()
+    if start is not None:
+        data.check_tokenizer(start.folder)
+        processes.decided_by_rank_zero(start.verify)
     checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config, data.tokenizer.documents()))
     step = folders.read_state(checkpoint)["step"] if checkpoint else 0
     if step >= max_steps:
         console.print(f"{folder} is complete at step {step}: see {folder}/summary.json, or raise trainer.max_steps")
         return 0
-    console.print(f"resuming {folder} at step {step}" if checkpoint else f"starting {folder}")
+    begin = f"starting {folder}" + (f" from {start.description}" if start else "")
+    console.print(f"resuming {folder} at step {step}" if checkpoint else begin, soft_wrap=True)
     data.samples_consumed, data.total_steps = step * data.global_batch_size, max_steps
     checkpointing.resume_from = checkpoint
     cost = model_cost(model_config, data.sequence_length)

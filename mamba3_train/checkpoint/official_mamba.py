@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mamba3_train.checkpoint.weights import Weights, check_fits, check_shape, read_safetensors, safetensors_files
@@ -102,28 +103,43 @@ def open_official(folder: str | Path) -> tuple[Mamba3Config, Weights]:
     return config, Weights(shapes, read)
 
 
-def save_official(model: Mamba3LM, folder: str | Path) -> None:
+def save_official(model: Mamba3LM, folder: str | Path, mlp_multiple: int = 1) -> None:
     """Write a model as a public checkpoint folder, the two files that the public loader reads.
 
-    The public code rounds MLP widths up to a multiple of 128 when it builds a model; other widths load here only.
+    Args:
+        model: pure Mamba-3, of the paper's mixer.
+        folder: made if it is not there.
+        mlp_multiple: widen MLPs by zeros, which changes no result, to a multiple of this. The public code builds
+            multiples of 128 only; other widths load here alone.
 
     Raises:
         UserError: the model has layers or settings that the public code does not know.
     """
     folder = Path(folder)
     config = config_to_official(model.config)
+    width = -(-model.config.d_mlp // mlp_multiple) * mlp_multiple
     weights = {}
     for name, tensor in model.state_dict().items():
         layer, is_mixer, own = name.partition(".mixer.")
         values = tensor.detach().cpu()
         if is_mixer:
             values = _tensor_to_official(own, values, model.get_submodule(f"{layer}.mixer"))
+        elif ".mlp." in name:
+            values = _widened(name, values, width)
         weights[_name_to_official(name)] = values.contiguous()
     if model.config.tie_embeddings:
         weights["lm_head.weight"] = weights["backbone.embedding.weight"]
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(weights, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config | {"d_intermediate": width}, indent=1) + "\n")
+
+
+def _widened(name: str, weight: Tensor, width: int) -> Tensor:
+    """A matrix of an MLP with zeros up to an inner width: rows of each half of fc1, columns of fc2."""
+    if name.endswith("fc2.weight"):
+        return F.pad(weight, (0, width - weight.shape[1]))
+    halves = weight.chunk(2)
+    return torch.cat([F.pad(half, (0, 0, 0, width - len(half))) for half in halves])
 
 
 def config_from_official(config: dict, weights: Weights) -> Mamba3Config:

@@ -30,6 +30,7 @@ class Pretrained:
     description: one phrase, e.g. `runs/quickstart, step 280`.
     step: of our checkpoint, else None.
     run_config: the resolved config of our run, else None.
+    checkpoint: folder of our checkpoint, else None.
     """
 
     folder: Path
@@ -38,6 +39,12 @@ class Pretrained:
     weights: Weights
     step: int | None = None
     run_config: DictConfig | None = None
+    checkpoint: Path | None = None
+
+    def verify(self) -> None:
+        """Raise UserError if our checkpoint is not as it was written; other formats have no hashes."""
+        if self.checkpoint is not None:
+            _verified(self.checkpoint)
 
     def build(
         self, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, kernels: str = "auto"
@@ -60,7 +67,7 @@ class Pretrained:
         return model.eval().requires_grad_(False)
 
 
-def open_pretrained(folder: str | Path, step: int | None = None) -> Pretrained:
+def open_pretrained(folder: str | Path, step: int | None = None, verify: bool = True) -> Pretrained:
     """Find out what a folder holds and check it, without reading the weights of foreign formats.
 
     A run's newest whole checkpoint, or that of `step`, is compared with its hashes. Nothing is unpickled, and nothing
@@ -69,6 +76,7 @@ def open_pretrained(folder: str | Path, step: int | None = None) -> Pretrained:
     Args:
         folder: of a run, of one of its checkpoints, of an export, or a public `mamba_ssm` checkpoint.
         step: which checkpoint of a run.
+        verify: False leaves the hashes for later (`Pretrained.verify`), and takes the newest checkpoint unseen.
 
     Raises:
         UserError: nothing of the kind is there, or it is broken.
@@ -76,9 +84,9 @@ def open_pretrained(folder: str | Path, step: int | None = None) -> Pretrained:
     folder = Path(folder)
     if (folder / folders.MANIFEST).exists() and (folder / folders.STATE).exists():
         _no_step(step, folder)
-        return _open_checkpoint(_verified(folder))
+        return _open_checkpoint(_verified(folder) if verify else folder)
     if (folder / folders.CONFIG).exists():
-        return _open_checkpoint(_checkpoint_of(folder, step))
+        return _open_checkpoint(_checkpoint_of(folder, step, verify))
     if not (folder / CONFIG).exists():
         here = "holds neither a config.yaml nor a config.json" if folder.exists() else "does not exist"
         raise UserError(
@@ -97,10 +105,10 @@ def open_pretrained(folder: str | Path, step: int | None = None) -> Pretrained:
     )
 
 
-def _checkpoint_of(run: Path, step: int | None) -> Path:
+def _checkpoint_of(run: Path, step: int | None, verify: bool) -> Path:
     checkpoints = run / "checkpoints"
     if step is None:
-        newest = folders.newest_whole(checkpoints)
+        newest = folders.newest_whole(checkpoints) if verify else max(folders.published(checkpoints), default=None)
         if newest is None:
             raise UserError(f"the run {run} has no checkpoint yet")
         return newest
@@ -108,7 +116,7 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
     if not folder.exists():
         there = [path.name.removeprefix("step-").lstrip("0") for path in folders.published(checkpoints)]
         raise UserError(f"the run {run} has no checkpoint of step {step}; it has those of {', '.join(there) or 'none'}")
-    return _verified(folder)
+    return _verified(folder) if verify else folder
 
 
 def _verified(folder: Path) -> Path:
@@ -128,7 +136,7 @@ def _open_checkpoint(folder: Path) -> Pretrained:
     _check(folder, config, weights)
     step = folders.read_state(folder)["step"]
     home = _run_folder(folder)
-    return Pretrained(home, f"{home}, step {step}", config, weights, step, run_config)
+    return Pretrained(home, f"{home}, step {step}", config, weights, step, run_config, folder)
 
 
 def _open_export(folder: Path, content: dict) -> Pretrained:

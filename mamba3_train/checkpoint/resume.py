@@ -12,7 +12,7 @@ from mamba3_train.errors import UserError
 
 # What makes a run the run it is. The rest (steps, schedule, strategy, logging, …) may change between its parts.
 IDENTITY = (
-    *("model", "optimizer", "run.seed"),
+    *("model", "optimizer", "run.seed", "init_from"),
     *(f"data.{key}" for key in ("path", "seed", "packing", "mixture", "sequence_length", "global_batch_size")),
 )
 

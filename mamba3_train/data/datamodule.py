@@ -17,7 +17,7 @@ from mamba3_train.data.preparation import Preparation
 from mamba3_train.data.sampler import StepSampler
 from mamba3_train.data.shard_cache import ShardCache, default_folder
 from mamba3_train.data.token_shards import Manifest, TokenSplit, read_manifest
-from mamba3_train.data.tokenizer import Tokenizer
+from mamba3_train.data.tokenizer import FILE_NAME, Tokenizer
 from mamba3_train.data.verification import verify_once
 from mamba3_train.errors import UserError
 
@@ -196,6 +196,15 @@ class TokenDataModule(lightning.LightningDataModule):
                 f"data.global_batch_size={self.global_batch_size} is not a multiple of {per_pass} = {world_size} ranks "
                 f"× data.micro_batch_size={self.micro_batch_size}; set data.global_batch_size={nearest} "
                 "or another data.micro_batch_size"
+            )
+
+    def check_tokenizer(self, folder: Path) -> None:
+        """Refuse to go on with a model whose folder holds a tokenizer that gives other ids than the corpus's."""
+        other = Tokenizer.from_folder(folder)
+        if other is not None and other.backend.get_vocab() != self.tokenizer.backend.get_vocab():
+            raise UserError(
+                f"the tokenizer in {folder} gives other ids than that of the corpus {self.files}: prepare the corpus "
+                f"with tokenizer.file={folder / FILE_NAME}"
             )
 
     def train_dataloader(self) -> DataLoader:

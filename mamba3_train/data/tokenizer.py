@@ -120,6 +120,8 @@ class Tokenizer:
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.end_of_document,
+            "pad_token": self.end_of_document,
+            "padding_side": "left",
             "clean_up_tokenization_spaces": False,
         }
         return {FILE_NAME: self.backend.to_str(pretty=True), SETTINGS_NAME: json.dumps(settings, indent=1) + "\n"}

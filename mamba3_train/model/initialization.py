@@ -30,6 +30,7 @@ def initialize(
     seed: int,
     assign: Callable[[nn.Parameter, Tensor], object] = Tensor.copy_,
     shape: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
+    value: "Callable[[str, torch.Size, Mamba3Config, int], Tensor] | None" = None,
 ) -> None:
     """Give every parameter of a model its first value, in place.
 
@@ -44,7 +45,7 @@ def initialize(
 
     Every parameter draws from a generator of its own, keyed by seed and name, on the CPU: its value depends neither
     on the others nor on the device. Where a parameter holds only a part of its value, `shape` tells that of the whole
-    and `assign` puts a whole value into it.
+    and `assign` puts a whole value into it. `value`, with the arguments of `first_value`, is asked in its place.
 
     Raises:
         ValueError: a parameter whose name has no rule.
@@ -53,12 +54,15 @@ def initialize(
         for name, parameter in model.named_parameters():
             # Whatever default device the caller has set: Lightning sets the GPU.
             with torch.device("cpu"):
-                generator = torch.Generator().manual_seed(_name_seed(seed, name))
-                value = _first_value(name, shape(parameter), config, generator)
-            assign(parameter, value)
+                assign(parameter, (value or first_value)(name, shape(parameter), config, seed))
 
 
-def _first_value(name: str, shape: torch.Size, config: Mamba3Config, generator: torch.Generator) -> Tensor:
+def first_value(name: str, shape: torch.Size, config: Mamba3Config, seed: int) -> Tensor:
+    """The value with which a parameter of this (dotted) name and shape begins, on the CPU; see `initialize`."""
+    return _drawn(name, shape, config, torch.Generator().manual_seed(_name_seed(seed, name)))
+
+
+def _drawn(name: str, shape: torch.Size, config: Mamba3Config, generator: torch.Generator) -> Tensor:
     role = _role(name)
     if role in ("in_proj", "qkv_proj", "fc1", "lm_head"):
         return _uniform(shape, shape[1] ** -0.5, generator)

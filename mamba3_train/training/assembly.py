@@ -6,12 +6,25 @@ import lightning
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from mamba3_train.checkpoint import folders
+from mamba3_train.checkpoint.starting_weights import StartingWeights
 from mamba3_train.training import callbacks
 from mamba3_train.training.hardware import choose_compile
 from mamba3_train.training.lightning_module import PretrainingModule
 
 
-def build_module(config: DictConfig, model_config):
+def open_start(config: DictConfig, model_config) -> StartingWeights | None:
+    """The weights that init_from names, checked but not read; None without it, and for a run that goes on.
+
+    Raises:
+        UserError: there is no model, or another one.
+    """
+    if config.init_from is None or folders.published(Path(config.run.dir) / "checkpoints"):
+        return None
+    return StartingWeights(config.init_from, model_config)
+
+
+def build_module(config: DictConfig, model_config, start: StartingWeights | None = None):
     """The Lightning module; its parameters are made when training starts."""
     return PretrainingModule(
         model_config,
@@ -24,6 +37,7 @@ def build_module(config: DictConfig, model_config):
         activation_checkpointing=config.trainer.activation_checkpointing,
         segment_length=config.data.get("segment_length"),
         compile=choose_compile(config.trainer.compile, config.trainer.accelerator),
+        start=start,
     )
 
 

@@ -6,6 +6,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from mamba3_train.checkpoint.starting_weights import StartingWeights
 from mamba3_train.model import Mamba3Config, Mamba3LM, initialize
 from mamba3_train.model.recurrent_state import RecurrentState
 from mamba3_train.training.activation_checkpointing import check_choice, recompute_activations
@@ -40,6 +41,7 @@ class PretrainingModule(lightning.LightningModule):
         gradient_clip_norm: largest norm of the whole gradient.
         activation_checkpointing: `none`, `selective` or `full`.
         compile: compile the layers.
+        start: trained weights to begin with instead of drawn ones.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class PretrainingModule(lightning.LightningModule):
         activation_checkpointing: str = "none",
         segment_length: int | None = None,
         compile: bool = False,
+        start: StartingWeights | None = None,
     ):
         super().__init__()
         check_segments(segment_length, config)
@@ -64,7 +67,7 @@ class PretrainingModule(lightning.LightningModule):
         self.micro_batch_size, self.gradient_clip_norm = micro_batch_size, gradient_clip_norm
         self.segment_length = segment_length
         self.activation_checkpointing = check_choice(activation_checkpointing)
-        self.compile_wanted = compile
+        self.compile_wanted, self.start = compile, start
         self.model: Mamba3LM | None = None
 
     def configure_model(self) -> None:
@@ -77,7 +80,8 @@ class PretrainingModule(lightning.LightningModule):
         if self.compile_wanted:
             compile_layers(model)
         materialise(self.trainer.strategy, model)
-        initialize(model, self.config, self.seed, assign=assign, shape=whole_shape)
+        value = None if self.start is None else self.start.value
+        initialize(model, self.config, self.seed, assign=assign, shape=whole_shape, value=value)
         self.model = model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
