@@ -29,12 +29,13 @@ def main(config: DictConfig) -> None:
     from mamba3_train.trained_model import find_tokenizer
 
     output = Path(config.output)
+    exports.refuse_used(output)
+    pretrained = open_pretrained(config.run, config.step)
+    tokenizer = find_tokenizer(pretrained, config.tokenizer)
+    documents = {} if tokenizer is None else tokenizer.documents()
+    end = None if tokenizer is None else tokenizer.end_of_document_id
+    dtype, shard_bytes = getattr(torch, config.dtype), int(config.shard_gib * 2**30)
     with exports.new_folder(output) as folder:
-        pretrained = open_pretrained(config.run, config.step)
-        tokenizer = find_tokenizer(pretrained, config.tokenizer)
-        documents = {} if tokenizer is None else tokenizer.documents()
-        end = None if tokenizer is None else tokenizer.end_of_document_id
-        dtype, shard_bytes = getattr(torch, config.dtype), int(config.shard_gib * 2**30)
         if config.to == "hf":
             exports.export_hugging_face(pretrained, folder, documents, end, dtype, shard_bytes)
         elif config.to == "mamba_ssm":

@@ -19,11 +19,21 @@ from mamba3_train.checkpoint.official_mamba import save_official
 from mamba3_train.checkpoint.pretrained import CONFIG, CONFIG_KEY, MODEL_TYPE, Pretrained
 from mamba3_train.checkpoint.weights import SAFETENSORS
 from mamba3_train.errors import UserError
-from mamba3_train.kernels import reference
 from mamba3_train.model.initialization import keeps_float32
+
+_HERE = Path(__file__).parent
+_MODELING = _HERE / "templates" / "modeling_mamba3.py"
+_SCAN = _HERE.parent / "kernels" / "reference.py"
+"""The definition of the scan needs torch alone, so it is shipped as it is."""
 
 # The public code rounds the widths of MLPs up to a multiple of this.
 PUBLIC_MLP_MULTIPLE = 128
+
+
+def refuse_used(output: Path) -> None:
+    """Raise UserError if something is there already that is not an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output={output} is there already and not empty: choose another folder")
 
 
 @contextmanager
@@ -33,8 +43,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         UserError: output is there and not empty, or cannot be written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output={output} is there already and not empty: choose another folder")
+    refuse_used(output)
     partial = output.with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -81,10 +90,8 @@ def export_hugging_face(
     _write_json(folder / CONFIG, config | ids)
     _write_json(folder / "generation_config.json", {"do_sample": True, **ids})
     _write_documents(folder, documents)
-    template = Path(__file__).parent / "templates" / "modeling_mamba3.py"
-    shutil.copyfile(template, folder / template.name)
-    # The definition of the scan is a file that needs torch alone.
-    shutil.copyfile(reference.__file__, folder / "mamba3_scan.py")
+    shutil.copyfile(_MODELING, folder / _MODELING.name)
+    shutil.copyfile(_SCAN, folder / "mamba3_scan.py")
     _write_weights(pretrained, folder, dtype, shard_bytes, _hugging_face_name)
     (folder / "README.md").write_text(model_card(pretrained, name))
 

@@ -78,12 +78,15 @@ def attention_flops_per_token(config: Mamba3Config, seqlen: int) -> float:
 
 
 def state_bytes(config: Mamba3Config, tokens: int, element_bytes: int = 2) -> int:
-    """Bytes of recurrent state of one sequence after `tokens` tokens: float32 SSM states, the rest in element_bytes."""
+    """Bytes of recurrent state of one sequence after `tokens` tokens: float32 SSM states, the rest in element_bytes.
+
+    In attention layers keys, values, and a byte a token that says whether it is seen.
+    """
     mixer, attention = config.mixer, config.attention
     heads = mixer.heads(config.d_model)
     previous = mixer.rank * mixer.groups * mixer.d_state + heads * mixer.head_dim
     mamba = 4 * heads * mixer.head_dim * mixer.d_state + element_bytes * previous
-    keys_values = 2 * tokens * attention.n_kv_heads * attention.head_dim * element_bytes
+    keys_values = tokens * (2 * attention.n_kv_heads * attention.head_dim * element_bytes + 1)
     return config.layers.count("M") * mamba + config.layers.count("*") * keys_values
 
 

@@ -96,5 +96,5 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_damage_is_found_before_it_is_used(tmp_path):
     start = StartingWeights(write_run(tmp_path, make_model(make_config())), make_config())
     (tmp_path / "checkpoints" / "step-00000007" / "state.json").write_text('{"step": 8}\n')
-    with pytest.raises(UserError, match="state.json has changed since it was written"):
+    with pytest.raises(UserError, match=r"state.json has changed since it was written"):
         start.verify()
