@@ -184,6 +184,8 @@ class GenerateConfig(UseConfig):
     seed: int = 0
     cuda_graph: bool = False
     """Record the step of decoding once and replay it, on a GPU."""
+    state_dtype: str = "auto"
+    """What Mamba-3 states are stored in between tokens: auto is float32 or wider, bfloat16 half of it."""
     output: str | None = None
     """A file for the results, a JSON object a line."""
 

@@ -21,12 +21,14 @@ def main(config: DictConfig) -> None:
     for key in ("samples", "batch_size", "max_new_tokens"):
         if config[key] < 1:
             raise UserError(f"{key}={config[key]} must be at least 1")
+    if config.state_dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"state_dtype={config.state_dtype} must be auto, float32 or bfloat16")
 
     from rich.console import Console
 
     from mamba3_train.evaluation.generation import generate
     from mamba3_train.evaluation.sampling import Sampling
-    from mamba3_train.trained_model import open_trained_model
+    from mamba3_train.trained_model import DTYPES, open_trained_model
 
     sampling = Sampling(**{key: config[key] for key in SAMPLING})
     trained = open_trained_model(config.run, **{key: config[key] for key in OPENING})
@@ -49,6 +51,7 @@ def main(config: DictConfig) -> None:
             stop=stop,
             seed=config.seed + begin,
             cuda_graph=config.cuda_graph,
+            ssm_dtype=None if config.state_dtype == "auto" else DTYPES[config.state_dtype],
             on_text=(lambda _, text: write(text)) if alone else (lambda *_: None),
         )
         done.append(generation)

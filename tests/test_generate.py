@@ -102,6 +102,7 @@ def test_stop_strings(given, expected):
         (["prompts=nowhere.txt"], "prompts=nowhere.txt cannot be read"),
         (["prompts=/dev/null"], "holds no prompt"),
         (["prompt=a", "max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
+        (["prompt=a", "state_dtype=float16"], "state_dtype=float16 must be auto, float32 or bfloat16"),
         (["prompt=a", "batch_size=0"], "batch_size=0"),
         (["prompt=a", "top_p=2"], "top_p=2.0 must be between"),
         (["prompt=a", "top_p=much"], "top_p"),

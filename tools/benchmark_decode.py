@@ -2,6 +2,7 @@
 
     python tools/benchmark_decode.py                                # the 1.5B layer, SISO and MIMO, batch 1 to 512
     python tools/benchmark_decode.py --batch 128 --state bfloat16 --no-model
+    python tools/benchmark_decode.py --batch 128 --sweep --no-model # other launch configurations of the layer's kernel
     python tools/benchmark_decode.py --output result.json
 
 Times are replays of a CUDA graph, the L2 cache flushed before each. Bytes are the least a step moves: the state read
@@ -12,6 +13,7 @@ is the recipe's with random weights, in bfloat16.
 
 import argparse
 import datetime
+import itertools
 import json
 import subprocess
 import sys
@@ -31,6 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--state", nargs="+", default=STATES, choices=STATES, help="what the state is stored in")
     parser.add_argument("--recipe", nargs="+", default=RECIPES, help="models whose whole step is timed")
     parser.add_argument("--no-model", action="store_true", help="the layers only")
+    parser.add_argument("--sweep", action="store_true", help="every layer with other tiles, warps and register limits")
     parser.add_argument("--output", help="write everything as JSON")
     return parser.parse_args()
 
@@ -137,6 +140,20 @@ def time_layer(batch, rank, state_dtype, gb_per_s):
     return row
 
 
+def sweep(batch, rank, state_dtype, gb_per_s):
+    """The layer with each launch configuration worth trying, fastest first."""
+    from mamba3_train.kernels import decode_step
+
+    shipped = decode_step.ROWS, decode_step.ELEMENTS, decode_step.REGISTERS
+    rows = []
+    for configuration in itertools.product((16, 32, 64), (32, 64, 128), (None, 96, 128, 168)):
+        decode_step.ROWS, decode_step.ELEMENTS, decode_step.REGISTERS = configuration
+        names = dict(zip(("rows", "elements", "registers"), configuration, strict=True))
+        rows.append(names | time_layer(batch, rank, state_dtype, gb_per_s))
+    decode_step.ROWS, decode_step.ELEMENTS, decode_step.REGISTERS = shipped
+    return sorted(rows, key=lambda row: row["ms"])
+
+
 def time_model(recipe, batch, state_dtype, gb_per_s):
     """One token of every sequence through the whole model, embedding to the likeliest token, as one CUDA graph."""
     import torch
@@ -201,6 +218,7 @@ def main():
     with torch.no_grad():
         choices = [(r, b, s) for r in arguments.rank for s in arguments.state for b in arguments.batch]
         layers = [time_layer(batch, rank, state, gb_per_s) for rank, batch, state in choices]
+        swept = [row for r, b, s in choices if arguments.sweep for row in sweep(b, r, s, gb_per_s)]
         models = []
         for recipe in () if arguments.no_model else arguments.recipe:
             models += [time_model(recipe, b, s, gb_per_s) for s in arguments.state for b in arguments.batch]
@@ -209,13 +227,15 @@ def main():
         "command": " ".join(["python tools/benchmark_decode.py", *sys.argv[1:]]), "commit": commit.stdout.strip(),
         "date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": triton.__version__, "layer": [HEADS, HEAD_DIM, D_STATE, PAIRS], "copy_gb_per_s": gb_per_s,
-        "layers": layers, "models": models,
+        "layers": layers, "sweep": swept, "models": models,
     }  # fmt: skip
     if arguments.output:
         with open(arguments.output, "w") as file:
             json.dump(result, file, indent=1)
     print(f"{result['gpu']}: copy {gb_per_s:.0f} GB/s")
     show(layers, ("ms", "eager_ms", "gb_per_s", "floor_ms", "share_of_floor", "error_y", "error_state"))
+    if swept:
+        show(swept, ("ms", "gb_per_s", "share_of_floor", "error_y", "error_state"))
     if models:
         show(models, ("ms", "tokens_per_second", "floor_ms", "share_of_floor"))
 

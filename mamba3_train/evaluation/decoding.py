@@ -19,15 +19,23 @@ class Decoder:
         room: how many steps will be taken at most.
         cuda_graph: record the step once and replay it, which spares the time of launching its kernels one by one; on a
             CPU it changes nothing.
+        ssm_dtype: what the states of Mamba-3 layers are stored in, float32 or wider (None) or bfloat16.
 
     `logits` (batch, vocabulary without padding), float32 or wider, are those of the next token; a step changes them.
     """
 
-    def __init__(self, model: Mamba3LM, prompts: list[list[int]], room: int, cuda_graph: bool = False):
+    def __init__(
+        self,
+        model: Mamba3LM,
+        prompts: list[list[int]],
+        room: int,
+        cuda_graph: bool = False,
+        ssm_dtype: torch.dtype | None = None,
+    ):
         self._model = model
         logits, state = prefill(model, prompts)
         device = logits.device  # weights may rest elsewhere
-        self.state = with_room(state, room)
+        self.state = with_room(state, room, ssm_dtype)
         self._tokens = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)
         self._logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self._graph = self._recorded() if cuda_graph and device.type == "cuda" else None
@@ -48,9 +56,7 @@ class Decoder:
 
     def _advance(self) -> None:
         """One step from the token buffer to the logits, the state changed in place."""
-        logits, after = self._model(self._tokens, state=self.state, return_state=True)
-        self._logits.copy_(logits[:, -1])
-        _copy(after, self.state)
+        self._logits.copy_(self._model(self._tokens, state=self.state)[:, -1])
 
     @torch.no_grad()
     def _recorded(self) -> torch.cuda.CUDAGraph:
@@ -95,10 +101,3 @@ def state_bytes(state: RecurrentState) -> int:
 
 def _tensors(state: RecurrentState) -> list[Tensor]:
     return [tensor for layer in state for tensor in layer]
-
-
-def _copy(source: RecurrentState, target: RecurrentState) -> None:
-    """Bring a state into the buffers of another, where it is not there already."""
-    for new, old in zip(_tensors(source), _tensors(target), strict=True):
-        if new.data_ptr() != old.data_ptr():
-            old.copy_(new)

@@ -54,6 +54,7 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
     cuda_graph: bool = False,
+    ssm_dtype: torch.dtype | None = None,
     on_text: Callable[[int, str], None] = lambda row, text: None,
 ) -> Generation:
     """Continue prompts, all of them together.
@@ -66,7 +67,7 @@ def generate(
         sampling: how.
         stop: texts at whose first appearance a continuation ends; the prompt does not count.
         seed: prompt i draws with seed + i, so what it gets depends on no other.
-        cuda_graph: see `Decoder`.
+        cuda_graph, ssm_dtype: see `Decoder`.
         on_text: called with a prompt's number and a piece of its continuation as soon as no stop string can take it
             back.
 
@@ -78,7 +79,7 @@ def generate(
     rows = [_Row(TextStream(tokenizer, ids, stop), tokenizer.end_of_document_id) for ids in encoded]
 
     begin = time.perf_counter()
-    decoder = Decoder(model, encoded, max_new_tokens, cuda_graph)
+    decoder = Decoder(model, encoded, max_new_tokens, cuda_graph, ssm_dtype)
     device = decoder.logits.device
     uniform = uniform_numbers(seed, len(rows), max_new_tokens).to(device)
     seen = _occurring(encoded, decoder.logits)

@@ -80,12 +80,6 @@ def decode_step_kernel(
     shared = batch * (RANK * GROUPS) + head // (HEADS // GROUPS)  # rank 0's row of B and C; the next is GROUPS further
     weights = head * (RANK * HEAD_DIM) + row
     biases = head * (RANK * D_STATE)
-    values = ()
-    for r in tl.static_range(RANK):
-        value = current
-        if mimo_x is not None:
-            value *= tl.load(mimo_x + weights + r * HEAD_DIM)
-        values = values + (value,)  # noqa: RUF005
 
     h = hold(h, HARDWARE).to(tl.float32)
     g = hold(g, HARDWARE).to(tl.float32)
@@ -93,7 +87,7 @@ def decode_step_kernel(
     if trap is not None:
         gamma = tl.sigmoid(tl.load(trap + batch * TRAP_STRIDE + head).to(tl.float32)) * step
         before = tl.load(x_before + batch * (HEADS * HEAD_DIM) + column).to(tl.float32) * (step - gamma)
-        for r in tl.static_range(RANK):
+        for r in range(RANK):
             value = before
             if mimo_x is not None:
                 value *= tl.load(mimo_x + weights + r * HEAD_DIM)
@@ -112,20 +106,25 @@ def decode_step_kernel(
     else:
         h *= alpha
         g *= alpha
-    for r in tl.static_range(RANK):
-        value = values[r] * gamma
+    for r in range(RANK):
+        value = current * gamma
+        if mimo_x is not None:
+            value *= tl.load(mimo_x + weights + r * HEAD_DIM)
         bias = None if B_bias is None else B_bias + biases + r * D_STATE
         a, b = _load_biased(B + (shared + r * GROUPS) * D_STATE, bias, first, second, inside)
         h += value[:, None] * a
         g += value[:, None] * b
 
     total = tl.zeros((ROWS,), tl.float32)
-    for r in tl.static_range(RANK):
+    for r in range(RANK):
         bias = None if C_bias is None else C_bias + biases + r * D_STATE
         a, b = _load_biased(C + (shared + r * GROUPS) * D_STATE, bias, first, second, inside)
         y = tl.sum(h * a + g * b, axis=1)
         if D is not None:
-            y += tl.load(D + head) * values[r]
+            value = current * tl.load(D + head)
+            if mimo_x is not None:
+                value *= tl.load(mimo_x + weights + r * HEAD_DIM)
+            y += value
         if norm_weight is not None:
             y *= tl.rsqrt(tl.sum(y * y, axis=0) / HEAD_DIM + norm_eps) * tl.load(norm_weight + column)
         if z is not None:
@@ -167,13 +166,16 @@ def decode_token(inputs: Inputs, state: tuple[Tensor, Tensor, Tensor], norm_eps:
         TOKEN_STRIDE=inputs.token_stride, TRAP_STRIDE=_stride(trap), ANGLES_STRIDE=_stride(angles),
         FIXED_ANGLES=angles is not None and angles.dim() == 1, HARDWARE=not interpreted() and torch.version.hip is None,
         num_warps=_warps(rows, d_state, pair_block), num_stages=1,
+        **({} if REGISTERS is None or interpreted() else {"maxnreg": REGISTERS}),
     )  # fmt: skip
     return out
 
 
-# Rows of P a program owns, where no norm needs them all, and elements of the state a thread has.
+# Rows of P a program owns, where no norm needs them all; elements of the state a thread has; most registers a thread.
+# Unmeasured: `tools/benchmark_decode.py --sweep` tries others.
 ROWS = 64
 ELEMENTS = 64
+REGISTERS = None
 
 
 def _warps(rows: int, d_state: int, pair_block: int) -> int:

@@ -79,6 +79,15 @@ def test_memory_does_not_grow(config):
         assert before == expected_bytes(config, 53, element_bytes=4) + counter, "room for 3 tokens and 50 more"
 
 
+def test_a_state_may_be_stored_in_bfloat16():
+    model = make_model(STACKS["mimo"])
+    new = torch.randint(0, 270, (2, NEW))
+    exact, narrow = (decoded(model, PROMPTS[:2], new, ssm_dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert 1e-5 < (narrow - exact).norm() / exact.norm() < 2e-2
+    wide, half = (Decoder(model, [[1]], 1, ssm_dtype=dtype).state[0].ssm for dtype in (None, torch.bfloat16))
+    assert (half.dtype, 2 * half.nbytes) == (torch.bfloat16, wide.nbytes)
+
+
 def test_a_graph_asked_for_on_a_cpu_changes_nothing(config):
     model = make_model(config)
     new = torch.randint(0, 270, (2, NEW))
