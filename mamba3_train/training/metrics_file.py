@@ -9,6 +9,8 @@ from pathlib import Path
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from mamba3_train.evaluation.metrics import read_metrics
+
 log = logging.getLogger(__name__)
 
 
@@ -70,14 +72,3 @@ class MetricsFile(Logger):
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         os.replace(partial, self.path)
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """All complete rows of a metrics file; a last line cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows

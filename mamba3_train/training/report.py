@@ -12,9 +12,9 @@ from rich.text import Text
 
 from mamba3_train.evaluation.generation import generate
 from mamba3_train.evaluation.loss_curve import plot_loss
+from mamba3_train.evaluation.metrics import read_metrics
 from mamba3_train.evaluation.sampling import Sampling
 from mamba3_train.model.cost import Cost
-from mamba3_train.training.metrics_file import read_metrics
 
 
 def report(

@@ -3,8 +3,9 @@
 import json
 import resource
 
+from mamba3_train.evaluation.metrics import read_metrics
 from mamba3_train.training.hardware import peak_flops
-from mamba3_train.training.metrics_file import MetricsFile, read_metrics
+from mamba3_train.training.metrics_file import MetricsFile
 
 
 def test_rows_after_the_resumed_step_go(tmp_path):
