@@ -204,6 +204,42 @@ class ExportConfig:
     """Most that one file of weights holds."""
 
 
+@dataclass
+class SweepSection:
+    """What a sweep searches, and how."""
+
+    name: str = "${run.name}-sweep"
+    dir: str = "runs/${sweep.name}"
+    space: dict[str, Any] = field(default_factory=dict)
+    """Keys as in the config; at the end of each {log_uniform: [low, high]}, {uniform: …}, {int: …}, {log_int: …} or
+    {choice: [a, b]}; 0.5x is half of what the config has. Grids take points: N of an interval, or step: N of an int."""
+    sampler: str = "random"
+    """random; grid; tpe."""
+    trials: int | None = None
+    """null: every point of a grid, else 16. It may be raised later."""
+    seed: int = 0
+    """The same seed gives the same trials."""
+    pruner: str = "none"
+    """none; median: worse than half of the trials before it at as many validations; successive_halving."""
+    prune_after: int = 1
+    """Validations that no trial is pruned before."""
+    startup_trials: int = 5
+    """Complete trials before median prunes, and before tpe draws otherwise than at random."""
+    equal_tokens: bool = True
+    """Where batch or sequence length are searched, other numbers of steps give every trial the same tokens."""
+
+
+@dataclass
+class SweepConfig(TrainConfig):
+    """Root of a sweep's config: a training config, what to search, and how many trials run at a time here."""
+
+    sweep: SweepSection = field(default_factory=SweepSection)
+    workers: int = 1
+    """Trials that train at a time on this machine, each on trainer.devices GPUs."""
+    show: str | None = None
+    """Folder of a sweep to look at."""
+
+
 def register_configs() -> None:
     """Store the root schemas, and every file of recipes/ as group `recipe`, in Hydra's ConfigStore."""
     store = ConfigStore.instance()
@@ -211,6 +247,7 @@ def register_configs() -> None:
     store.store(name="plan_schema", node=PlanConfig)
     store.store(name="generate_schema", node=GenerateConfig)
     store.store(name="export_schema", node=ExportConfig)
+    store.store(name="sweep_schema", node=SweepConfig)
     folder = shipped_folder("recipes")
     for path in sorted(folder.rglob("*.yaml")):
         group = "/".join(["recipe", *path.relative_to(folder).parts[:-1]])
@@ -300,10 +337,11 @@ def check_keys(config: DictConfig | ListConfig, path: str = "") -> None:
         return
     for key in config:
         if not key.startswith("_") and key not in parameters:
-            raise UserError(f"unknown key {path}{key}. {_nearest(key, list(parameters))}")
+            raise UserError(f"unknown key {path}{key}. {nearest(key, list(parameters))}")
 
 
-def _nearest(name: str, choices: list[str]) -> str:
+def nearest(name: str, choices: list[str]) -> str:
+    """The end of a message about a wrong name: those that come near it, or all there are."""
     close = difflib.get_close_matches(name, sorted(set(choices)), n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(close)}?" if close else f"Valid names: {', '.join(sorted(choices))}."
 
@@ -319,7 +357,7 @@ def _explain(error: Exception, config_name: str) -> str:
             return str(link).strip().splitlines()[-1].removeprefix("mamba3_train.errors.UserError: ")
         if isinstance(link, MissingConfigException) and link.missing_cfg_file:
             group, _, name = link.missing_cfg_file.rpartition("/")
-            return f"there is no {group or 'config'} named {name!r}. {_nearest(name, link.options or [])}"
+            return f"there is no {group or 'config'} named {name!r}. {nearest(name, link.options or [])}"
     lines = [line for link in chain for line in str(link).splitlines()]
     missing = re.search(r"Missing mandatory value: (\S+)", " ".join(lines))
     if missing:
@@ -327,7 +365,7 @@ def _explain(error: Exception, config_name: str) -> str:
     unknown = re.search(r"Could not override '([^'@]+)", lines[0])
     if unknown:
         key = unknown.group(1)
-        return f"unknown key {key}. {_nearest(key.rpartition('.')[2], _valid_keys(key, config_name))}"
+        return f"unknown key {key}. {nearest(key.rpartition('.')[2], _valid_keys(key, config_name))}"
     key = re.search(r"full_key: (\S+)", " ".join(lines))
     reason = next((line for line in lines[1:] if "full_key" not in line), lines[0]) if len(chain) > 1 else lines[0]
     return f"{key.group(1)}: {reason.strip()}" if key else " ".join(line.strip() for line in lines)

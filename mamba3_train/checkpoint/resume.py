@@ -50,7 +50,7 @@ def _refuse_another_run(folder: Path, before: DictConfig, now: DictConfig) -> No
     resolved = OmegaConf.create(OmegaConf.to_container(now, resolve=True))
     changed = []
     for key in IDENTITY:
-        old, new = _flat(OmegaConf.select(before, key), key), _flat(OmegaConf.select(resolved, key), key)
+        old, new = flat(OmegaConf.select(before, key), key), flat(OmegaConf.select(resolved, key), key)
         changed += [
             f"{k} ({old.get(k)} there, {new.get(k)} now)" for k in sorted(old | new) if old.get(k) != new.get(k)
         ]
@@ -60,9 +60,9 @@ def _refuse_another_run(folder: Path, before: DictConfig, now: DictConfig) -> No
         )
 
 
-def _flat(node, key: str) -> dict[str, object]:
+def flat(node, key: str) -> dict[str, object]:
     """Leaves of a config node by dotted key."""
     if not OmegaConf.is_config(node):
         return {key: node}
     items = node.items() if isinstance(node, DictConfig) else enumerate(node)
-    return {k: v for name, child in items for k, v in _flat(child, f"{key}.{name}").items()}
+    return {k: v for name, child in items for k, v in flat(child, f"{key}.{name}").items()}
