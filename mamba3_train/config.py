@@ -1,6 +1,5 @@
 """Where configuration lives, its typed root, and how every command composes it and reports mistakes in it."""
 
-import difflib
 import functools
 import inspect
 import os
@@ -19,7 +18,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mamba3_train.errors import UserError
+from mamba3_train.errors import UserError, nearest
 
 PACKAGE = Path(__file__).parent
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
@@ -338,12 +337,6 @@ def check_keys(config: DictConfig | ListConfig, path: str = "") -> None:
     for key in config:
         if not key.startswith("_") and key not in parameters:
             raise UserError(f"unknown key {path}{key}. {nearest(key, list(parameters))}")
-
-
-def nearest(name: str, choices: list[str]) -> str:
-    """The end of a message about a wrong name: those that come near it, or all there are."""
-    close = difflib.get_close_matches(name, sorted(set(choices)), n=3, cutoff=0.5)
-    return f"Did you mean {' or '.join(close)}?" if close else f"Valid names: {', '.join(sorted(choices))}."
 
 
 def _explain(error: Exception, config_name: str) -> str:

@@ -15,6 +15,7 @@ ALLOWED = {
     "data": set(),
     "checkpoint": {"model"},
     "evaluation": {"model"},
+    "sweeping": {"evaluation"},
     "training": {"kernels", "model", "checkpoint", "evaluation"},
 }
 MAY_IMPORT_LIGHTNING = {"data/datamodule.py", "train.py"}

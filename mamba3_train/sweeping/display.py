@@ -23,7 +23,7 @@ class Display:
             TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[best]}"),
             TimeElapsedColumn(), auto_refresh=False,
         )  # fmt: skip
-        self._task = self._bar.add_task("trials", total=journal.count, best="")
+        self._task = self._bar.add_task("trials", total=journal.search.count, best="")
 
     def __enter__(self) -> "Display":
         self.changed()

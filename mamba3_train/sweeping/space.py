@@ -11,8 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from mamba3_train.config import nearest
-from mamba3_train.errors import UserError
+from mamba3_train.errors import UserError, nearest
 
 KINDS = ("uniform", "log_uniform", "int", "log_int", "choice")
 OPTIONS = ("points", "step")
@@ -89,7 +88,7 @@ def read_space(tree: Mapping, config: DictConfig) -> list[Dimension]:
     Raises:
         UserError: a key that the config lacks, a kind that does not exist, bounds or values that do not fit the key.
     """
-    dimensions = [_dimension(key, leaf, config) for key, leaf in _leaves(tree, "")]
+    dimensions = [_dimension(key, leaf, config) for key, leaf in _leaves(tree, "", config)]
     if not dimensions:
         raise UserError("sweep.space is empty: choose a sweep (sweep=lr), or give the keys to search")
     return dimensions
@@ -126,7 +125,7 @@ def _quoted_if_needed(text: str) -> str:
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
-def _leaves(tree: Mapping, path: str):
+def _leaves(tree: Mapping, path: str, config: DictConfig):
     """(dotted key, leaf) of a tree whose leaves are mappings with a kind."""
     for name, node in tree.items():
         key = f"{path}{name}"
@@ -135,8 +134,10 @@ def _leaves(tree: Mapping, path: str):
                 f"sweep.space.{key}={node} must say how to search it: {{log_uniform: [low, high]}}, {{uniform: …}}, "
                 "{int: …}, {log_int: …} or {choice: [a, b]}"
             )
-        if any(isinstance(value, Mapping) for value in node.values()):
-            yield from _leaves(node, f"{key}.")
+        section = OmegaConf.select(config, key)
+        inner = isinstance(section, DictConfig) and any(word in section for word in node)
+        if inner or any(isinstance(value, Mapping) for value in node.values()):
+            yield from _leaves(node, f"{key}.", config)
         else:
             yield key, node
 
@@ -181,8 +182,8 @@ def _own_value(key: str, config: DictConfig) -> Any:
     """What the config has for a key now; a group has a section."""
     parent, _, name = key.rpartition(".")
     section = OmegaConf.select(config, parent) if parent else config
-    if not isinstance(section, DictConfig) or name not in section:
-        names = [str(k) for k in section if not str(k).startswith("_")] if isinstance(section, DictConfig) else []
+    names = [str(k) for k in section if not str(k).startswith("_")] if isinstance(section, DictConfig) else []
+    if name not in names:
         raise UserError(f"sweep.space has the unknown key {key}. {nearest(name, names)}")
     return None if OmegaConf.is_missing(section, name) else section[name]
 
