@@ -85,7 +85,8 @@ class Journal:
                 lock = _lock(folder / FILE)
                 _mend(folder / FILE, lock)
                 storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / FILE), lock))
-                self._study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
+                open_study = optuna.load_study if storage.get_all_studies() else optuna.create_study
+                self._study = open_study(study_name="sweep", storage=storage)
                 if "about" not in self._study.user_attrs:
                     self._study.set_user_attr("about", about)
         except OSError as error:
