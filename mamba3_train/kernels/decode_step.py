@@ -137,6 +137,7 @@ def decode_step_kernel(
         total += y
     tl.store(state + first, h.to(ssm.dtype.element_ty), mask=inside)
     tl.store(state + second, g.to(ssm.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # every warp has read x_before, which one of them overwrites
     tl.store(x_before + batch * (HEADS * HEAD_DIM) + column, current.to(x_before.dtype.element_ty))
     tl.store(out + batch * (HEADS * HEAD_DIM) + column, total.to(out.dtype.element_ty))
 
