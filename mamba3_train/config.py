@@ -18,6 +18,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mamba3_train.command_line import one_of_many
 from mamba3_train.errors import UserError, nearest
 
 PACKAGE = Path(__file__).parent
@@ -291,10 +292,13 @@ def command(
         def task(config: DictConfig) -> None:
             # Mistakes are reported here, because Hydra adds a line of its own to any exception that leaves a job.
             try:
-                check_keys(config)
-                code = run(config)
+                with one_of_many(config):
+                    check_keys(config)
+                    code = run(config)
             except MISTAKES as error:
                 _fail(_explain(error, config_name))
+            except SystemExit as stop:
+                code = stop.code  # a process that started others has ended well, which must not end other jobs
             if code:
                 sys.exit(code)
 
