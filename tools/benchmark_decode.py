@@ -71,10 +71,10 @@ def layer_inputs(batch, rank):
     return inputs
 
 
-def least_bytes(batch, rank, state_bytes):
+def least_bytes(batch, heads, head_dim, d_state, pairs, rank, state_bytes):
     """The state in and out; x, x before, z and B, B before, C in, x, B and the output out; steps, decays, angles."""
-    state = 2 * HEADS * HEAD_DIM * D_STATE * state_bytes
-    token = 2 * (5 * HEADS * HEAD_DIM + 4 * rank * D_STATE + PAIRS) + 10 * HEADS
+    state = 2 * heads * head_dim * d_state * state_bytes
+    token = 2 * (5 * heads * head_dim + 4 * rank * d_state + pairs) + 10 * heads
     return batch * (state + token)
 
 
@@ -133,7 +133,7 @@ def time_layer(batch, rank, state_dtype, gb_per_s):
     graph = graph_of(lambda: mamba3_step(**inputs, state=state, backend="triton"))
     row["ms"] = median_ms(graph.replay)
     row["eager_ms"] = median_ms(lambda: mamba3_step(**inputs, state=state, backend="triton"))
-    moved = least_bytes(batch, rank, state.ssm.element_size())
+    moved = least_bytes(batch, HEADS, HEAD_DIM, D_STATE, PAIRS, rank, state.ssm.element_size())
     row["gb_per_s"] = moved / row["ms"] / 1e6
     row["floor_ms"] = moved / gb_per_s / 1e6
     row["share_of_floor"] = row["floor_ms"] / row["ms"]
@@ -183,7 +183,9 @@ def time_model(recipe, batch, state_dtype, gb_per_s):
     row = {"recipe": recipe, "batch": batch, "state": state_dtype, "ms": median_ms(graph_of(step).replay)}
     row["tokens_per_second"] = batch / row["ms"] * 1e3
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    moved = len(model.layers) * least_bytes(batch, config.mixer.rank, state[0].ssm.element_size())
+    mixer = config.mixer
+    sizes = mixer.heads(config.d_model), mixer.head_dim, mixer.d_state, mixer.rotated_pairs, mixer.rank
+    moved = len(model.layers) * least_bytes(batch, *sizes, state[0].ssm.element_size())
     row["floor_ms"] = (weights + moved) / gb_per_s / 1e6
     row["share_of_floor"] = row["floor_ms"] / row["ms"]
     return row
@@ -198,11 +200,12 @@ def copy_bandwidth():
     return 2 * 2**31 / median_ms(lambda: target.copy_(source)) / 1e6
 
 
-def show(rows, columns):
-    names = [name for name in rows[0] if name not in columns]
-    print(*(f"{name:>10}" for name in names), *(f"{name:>18}" for name in columns))
+def show(rows):
+    """A table of rows with the same keys; where one lacks a figure of the first, nothing stands."""
+    print(*(f"{name:>17}" for name in rows[0]))
     for row in rows:
-        print(*(f"{row[name]!s:>10}" for name in names), *(f"{row.get(name, float('nan')):18.4f}" for name in columns))
+        values = (row.get(name, "") for name in rows[0])
+        print(*(f"{value:17.4f}" if isinstance(value, float) else f"{value!s:>17}" for value in values))
 
 
 def main():
@@ -233,11 +236,8 @@ def main():
         with open(arguments.output, "w") as file:
             json.dump(result, file, indent=1)
     print(f"{result['gpu']}: copy {gb_per_s:.0f} GB/s")
-    show(layers, ("ms", "eager_ms", "gb_per_s", "floor_ms", "share_of_floor", "error_y", "error_state"))
-    if swept:
-        show(swept, ("ms", "gb_per_s", "share_of_floor", "error_y", "error_state"))
-    if models:
-        show(models, ("ms", "tokens_per_second", "floor_ms", "share_of_floor"))
+    for rows in filter(None, (layers, swept, models)):
+        show(rows)
 
 
 if __name__ == "__main__":

@@ -51,5 +51,7 @@ def _token_stride(x: Tensor) -> int | None:
     if x.is_contiguous():
         return heads * head_dim
     by_batch, by_token, *within = x.stride()
+    if seqlen == 1:  # torch gives a dimension of one any stride
+        by_token = by_batch
     evenly = by_batch == seqlen * by_token and within == [head_dim, 1]
     return by_token if evenly and by_token * x.element_size() % 16 == 0 else None

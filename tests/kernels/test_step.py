@@ -97,6 +97,8 @@ def test_slices_of_a_projection_are_taken_as_they_are():
     whole = torch.cat([inputs[name].flatten(2) for name in ("z", "x", "trap", "angles")], dim=-1)
     z, x, trap, angles = whole.split([64, 64, 4, 4], dim=-1)
     sliced = inputs | {"z": z.unflatten(-1, (4, 16)), "x": x.unflatten(-1, (4, 16)), "trap": trap, "angles": angles}
+    readable = Inputs(*(sliced.get(name) for name in Inputs._fields)).readable()
+    assert (readable.x.data_ptr(), readable.z.data_ptr()) == (x.data_ptr(), z.data_ptr())
     assert torch.equal(steps(sliced, state, "triton")[0], steps(inputs, state, "triton")[0])
 
 
