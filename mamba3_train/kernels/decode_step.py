@@ -135,9 +135,10 @@ def decode_step_kernel(
         if mimo_o is not None:
             y *= tl.load(mimo_o + weights + r * HEAD_DIM)
         total += y
+    # Each warp has read x_before, and of a small state what several warps hold, before one of them overwrites it.
+    tl.debug_barrier()
     tl.store(state + first, h.to(ssm.dtype.element_ty), mask=inside)
     tl.store(state + second, g.to(ssm.dtype.element_ty), mask=inside)
-    tl.debug_barrier()  # every warp has read x_before, which one of them overwrites
     tl.store(x_before + batch * (HEADS * HEAD_DIM) + column, current.to(x_before.dtype.element_ty))
     tl.store(out + batch * (HEADS * HEAD_DIM) + column, total.to(out.dtype.element_ty))
 
