@@ -101,6 +101,22 @@ class ReportSection:
     sample_temperature: float = 0.7
 
 
+@dataclass
+class GuardsSection:
+    """What is done about steps that go wrong: docs/guards.md."""
+
+    max_nonfinite_in_a_row: int = 10
+    """A step whose loss or gradient is not finite is skipped; after so many in a row the run ends with an error."""
+    spike_threshold: float = 10.0
+    """A step is skipped whose loss lies so many robust standard deviations above the median of recent ones. 0: none."""
+    spike_window: int = 128
+    """Losses that are recent; the first half window is not judged."""
+    max_spikes_in_a_row: int = 10
+    """After so many spikes, what was a spike becomes the new level, or with max_rollbacks the run is rolled back."""
+    max_rollbacks: int = 0
+    """How often a run may return to the newest checkpoint from before the spikes, and pass over the data since."""
+
+
 class Resume(Enum):
     """auto continues from the newest whole checkpoint of run.dir; never insists on an empty folder."""
 
@@ -123,6 +139,7 @@ class TrainConfig:
     kernels: KernelsSection = field(default_factory=KernelsSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     validation: ValidationSection = field(default_factory=ValidationSection)
+    guards: GuardsSection = field(default_factory=GuardsSection)
     report: ReportSection = field(default_factory=ReportSection)
     profile: list[int] | None = None
     """First and last step, counted from 1, to record with PyTorch's profiler into the run folder."""

@@ -48,13 +48,16 @@ def cli(config: DictConfig) -> int:
         data.check_tokenizer(start.folder)
         processes.decided_by_rank_zero(start.verify)
     checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config, data.tokenizer.documents()))
-    step = folders.read_state(checkpoint)["step"] if checkpoint else 0
+    state = folders.read_state(checkpoint) if checkpoint else {"step": 0, "samples": 0}
+    step, samples = state["step"], state["samples"]
     if step >= max_steps:
         console.print(f"{folder} is complete at step {step}: see {folder}/summary.json, or raise trainer.max_steps")
         return 0
     begin = f"starting {folder}" + (f" from {start.description}" if start else "")
     console.print(f"resuming {folder} at step {step}" if checkpoint else begin, soft_wrap=True)
-    data.samples_consumed, data.total_steps = step * data.global_batch_size, max_steps
+    # Every roll back takes steps again, with other data.
+    most_steps = max_steps - step + config.guards.max_rollbacks * max_steps
+    data.samples_consumed, data.total_steps = samples, samples // data.global_batch_size + most_steps
     checkpointing.resume_from = checkpoint
     cost = model_cost(model_config, data.sequence_length)
     console.print(

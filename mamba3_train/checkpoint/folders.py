@@ -2,7 +2,7 @@
 
     step-00001000/
       shard-*.safetensors    this many as ranks wrote it; see sharded.py
-      state.json             step, samples, world_size
+      state.json             step, samples, rollbacks, world_size
       config.yaml            the resolved config
       manifest.json          library versions; size and SHA-256 of every file above
 
@@ -32,6 +32,11 @@ log = logging.getLogger(__name__)
 def step_folder(checkpoints: Path, step: int) -> Path:
     """Folder of a step's checkpoint."""
     return checkpoints / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def unfinished(folder: Path) -> Path:
@@ -70,13 +75,14 @@ def published(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.glob("step-*") if (path / MANIFEST).exists())
 
 
-def newest_whole(checkpoints: Path) -> Path | None:
-    """The newest checkpoint whose files are as they were written; says which damaged ones it passed over.
+def newest_whole(checkpoints: Path, before_step: int | None = None) -> Path | None:
+    """The newest checkpoint, of any step or before one, whose files are as they were written; says which damaged ones
+    it passed over.
 
     Raises:
         UserError: there are checkpoints and all are damaged: starting afresh would write over what is left of the run.
     """
-    found = published(checkpoints)
+    found = [path for path in published(checkpoints) if before_step is None or step_of(path) < before_step]
     for folder in reversed(found):
         reason = complaint(folder)
         if reason is None:
@@ -116,9 +122,18 @@ def prune(checkpoints: Path, saved: Path, keep_last: int, keep_every_n_steps: in
     Later ones are damaged, or the run would have gone on from them: they do not count, and are written again in time.
     """
     for folder in [path for path in published(checkpoints) if path.name <= saved.name][:-keep_last]:
-        step = int(folder.name.removeprefix("step-"))
-        if not keep_every_n_steps or step % keep_every_n_steps:
+        if not keep_every_n_steps or step_of(folder) % keep_every_n_steps:
             _delete(folder)
+
+
+def delete_after(checkpoints: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, the newest first; one that storage keeps is a warning."""
+    for folder in reversed(published(checkpoints)):
+        if step_of(folder) > step:
+            try:
+                _delete(folder)
+            except OSError as error:
+                log.warning("the checkpoint %s could not be deleted: %s", folder, error)
 
 
 def remove_leftovers(checkpoints: Path) -> None:

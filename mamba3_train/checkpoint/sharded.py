@@ -152,5 +152,11 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise UserError(f"the checkpoint {folder} does not fit this model: {reason}") from error
 
 
+def shapes(folder: Path) -> dict[str, torch.Size]:
+    """Shape of every tensor of a checkpoint by name."""
+    metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: entry.size for name, entry in metadata.items()}
+
+
 def _bytes(values: Tensor) -> memoryview:
     return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -12,7 +12,7 @@ def plot_loss(rows: list[dict], path: Path, title: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for key, style in (("train/loss", "-"), ("val/loss", "o--")):
-        points = [(row["tokens"], row[key]) for row in rows if key in row]
+        points = [(row["tokens"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=key, markersize=4, linewidth=1.4)
             axes.annotate(f"{points[-1][1]:.3f}", points[-1], textcoords="offset points", xytext=(4, 4), fontsize=9)

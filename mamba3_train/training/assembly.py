@@ -9,8 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from mamba3_train.checkpoint import folders
 from mamba3_train.checkpoint.starting_weights import StartingWeights
 from mamba3_train.training import callbacks
+from mamba3_train.training.data_cursor import DataCursor
 from mamba3_train.training.hardware import choose_compile
 from mamba3_train.training.lightning_module import PretrainingModule
+from mamba3_train.training.step_guard import StepGuard
 
 
 def open_start(config: DictConfig, model_config) -> StartingWeights | None:
@@ -38,7 +40,13 @@ def build_module(config: DictConfig, model_config, start: StartingWeights | None
         segment_length=config.data.get("segment_length"),
         compile=choose_compile(config.trainer.compile, config.trainer.accelerator),
         start=start,
+        guard=build_guard(config),
     )
+
+
+def build_guard(config: DictConfig) -> StepGuard:
+    """What decides on the device which steps are skipped."""
+    return StepGuard(**{key: value for key, value in config.guards.items() if key != "straggler_factor"})
 
 
 def build_strategy(config: DictConfig):
@@ -55,7 +63,7 @@ def build_checkpointing(config: DictConfig, data):
         keep_last=config.checkpoint.keep_last,
         keep_every_n_steps=config.checkpoint.keep_every_n_steps,
         asynchronous=config.checkpoint.asynchronous,
-        samples_per_step=data.global_batch_size,
+        cursor=DataCursor(data.global_batch_size),
         config_yaml=OmegaConf.to_yaml(config, resolve=True),
     )
 
@@ -78,7 +86,9 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
         tokens_per_step=data.tokens_per_step,
         flops_per_token=cost.training_flops_per_token,
         norms=norms,
+        cursor=checkpointing.cursor,
     )
+    stability = callbacks.Stability(every_n_steps=every_n_steps, throughput=throughput, checkpointing=checkpointing)
     progress, preemption = callbacks.Progress(throughput, console), callbacks.Preemption(checkpointing)
     hang_detection = callbacks.HangDetection(config.trainer.watchdog_seconds, folder)
     checkpointing.before_waiting = hang_detection.on_save_waited_for
@@ -92,7 +102,7 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
         val_check_interval=config.validation.every_n_steps or None,
         check_val_every_n_epoch=None,
         log_every_n_steps=every_n_steps,
-        callbacks=[throughput, norms, checkpointing, progress, preemption, *profiling, hang_detection],
+        callbacks=[throughput, norms, stability, checkpointing, progress, preemption, *profiling, hang_detection],
         logger=loggers,
         use_distributed_sampler=False,
         enable_checkpointing=False,

@@ -13,6 +13,7 @@ from mamba3_train.training.activation_checkpointing import check_choice, recompu
 from mamba3_train.training.compilation import compile_layers
 from mamba3_train.training.loss import count_targets
 from mamba3_train.training.segments import Segment, carried, check_segments, segments
+from mamba3_train.training.step_guard import StepGuard
 from mamba3_train.training.strategies import (
     assign,
     clip_and_step,
@@ -42,6 +43,7 @@ class PretrainingModule(lightning.LightningModule):
         activation_checkpointing: `none`, `selective` or `full`.
         compile: compile the layers.
         start: trained weights to begin with instead of drawn ones.
+        guard: decides which steps are skipped besides those whose loss or gradient is not finite; None: none.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class PretrainingModule(lightning.LightningModule):
         segment_length: int | None = None,
         compile: bool = False,
         start: StartingWeights | None = None,
+        guard: StepGuard | None = None,
     ):
         super().__init__()
         check_segments(segment_length, config)
@@ -68,6 +71,7 @@ class PretrainingModule(lightning.LightningModule):
         self.segment_length = segment_length
         self.activation_checkpointing = check_choice(activation_checkpointing)
         self.compile_wanted, self.start = compile, start
+        self.guard = guard or StepGuard()
         self.model: Mamba3LM | None = None
 
     def configure_model(self) -> None:
@@ -83,6 +87,10 @@ class PretrainingModule(lightning.LightningModule):
         value = None if self.start is None else self.start.value
         initialize(model, self.config, self.seed, assign=assign, shape=whole_shape, value=value)
         self.model = model
+
+    def on_fit_start(self) -> None:
+        """Keep what the guard remembers on the device."""
+        self.guard.to(self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer; its learning rate is set at each step."""
@@ -103,8 +111,12 @@ class PretrainingModule(lightning.LightningModule):
                 part = part / targets
                 self.manual_backward(part)
             loss += part.detach()
-        norm = clip_and_step(self.trainer.strategy, self.model, optimizer, self.gradient_clip_norm)
-        return {"train/loss": self.trainer.strategy.reduce(loss, reduce_op="mean"), "train/grad_norm": norm}
+        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+        spike = self.guard.is_spike(loss)
+        skip = spike | ~loss.isfinite()
+        norm = clip_and_step(self.trainer.strategy, self.model, optimizer, self.gradient_clip_norm, skip)
+        self.guard.record(loss, norm, spike)
+        return {"train/loss": loss, "train/grad_norm": norm, "train/skipped_steps": self.guard.skipped}
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of a validation."""

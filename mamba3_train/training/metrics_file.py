@@ -65,6 +65,15 @@ class MetricsFile(Logger):
         """Nothing: config.yaml holds them."""
 
     @rank_zero_only
+    def roll_back(self, step: int) -> None:
+        """Drop the rows after a step, which come again; a refusal of storage leaves them where they are."""
+        self._waiting = [line for line in self._waiting if json.loads(line)["step"] <= step]
+        try:
+            self._drop_rows_after(step)
+        except OSError as error:
+            log.warning("rows after step %d stay in %s (%s)", step, self.path, error.strerror)
+
+    @rank_zero_only
     def _drop_rows_after(self, step: int) -> None:
         if not self.path.exists():
             return

@@ -30,6 +30,8 @@ def report(
         return
     rows = read_metrics(folder / "metrics.jsonl")
     newest = {key: value for row in rows for key, value in row.items()}
+    # A loss that was not finite is null.
+    newest |= {key: value for row in rows for key, value in row.items() if value is not None}
     if sample is not None:
         console.print(Panel(Text(sample), title=f"the model continues {config.sample_prompt.strip()!r}"))
     plot_loss(rows, folder / "loss.png", title=f"{folder.name}: {cost.total_parameters:,} parameters")

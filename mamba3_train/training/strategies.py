@@ -129,15 +129,27 @@ def gradient_exchange(strategy: Strategy, model: nn.Module, wanted: bool) -> Abs
     return nullcontext()
 
 
-def clip_and_step(strategy: Strategy, model: nn.Module, optimizer, max_norm: float) -> Tensor:
-    """Clip the whole gradient to a norm, update, forget the gradient; returns the norm before clipping."""
+def clip_and_step(strategy: Strategy, model: nn.Module, optimizer, max_norm: float, skip: Tensor) -> Tensor:
+    """Clip the whole gradient to a norm, update, forget the gradient; returns the norm before clipping.
+
+    Where the norm is not finite, or `skip` says so, the update is left out, on the device: parameters, moments and step
+    counts stay as they are, bit for bit. `found_inf` is how PyTorch's fused optimizers are told.
+
+    Args:
+        skip: bool on the device, the same on every rank.
+    """
     if isinstance(strategy, ZeRO):
+        # The engine knows the norm as it steps; it returns before its optimizer where that is not finite.
+        strategy.inner_optimizer.found_inf = skip.float()
         optimizer.step()
         return strategy.gradient_norm()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
+    # Offloaded shards step on the CPU: the optimizer itself would copy the flag there without waiting for it.
+    optimizer.optimizer.found_inf = (skip.to(norm.device) | ~norm.isfinite()).float()
     optimizer.step()
     optimizer.zero_grad()
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
+    return norm
 
 
 def parameter_parts(strategy: Strategy, model: nn.Module) -> list[Tensor]:

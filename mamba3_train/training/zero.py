@@ -100,7 +100,7 @@ class ZeRO(DDPStrategy):
         self.accelerator.teardown()
 
     def gradient_norm(self) -> Tensor:
-        """Norm of the whole gradient in the last step, before clipping."""
+        """Norm of the whole gradient in the last step, before clipping; infinite where the engine skipped the step."""
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.root_device)
 
     def parts(self) -> list[Tensor]:
@@ -114,7 +114,7 @@ class ZeRO(DDPStrategy):
         One whole tensor at a time is gathered on each rank.
         """
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        steps = self.engine.optimizer.optimizer.state[self._flat_parameters[0]]["step"]
+        steps = self.inner_optimizer.state[self._flat_parameters[0]]["step"]
         found = {}
         for name, parameter in self.engine.module.named_parameters():
             for label, key in _labels(name):
@@ -137,7 +137,12 @@ class ZeRO(DDPStrategy):
             for label, key in _labels(name):
                 self._set_whole(parameter, key, tensors[label].full_tensor())
         for flat in self._flat_parameters:
-            self.engine.optimizer.optimizer.state[flat]["step"].copy_(tensors[f"optimizer.{name}.step"])
+            self.inner_optimizer.state[flat]["step"].copy_(tensors[f"optimizer.{name}.step"])
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The one that the engine steps."""
+        return self.engine.optimizer.optimizer
 
     @property
     def _flat_parameters(self) -> list[Tensor]:

@@ -14,6 +14,8 @@ from mamba3_train.checkpoint import folders, saver
 from mamba3_train.data.sampler import StepSampler
 from mamba3_train.errors import UserError
 from mamba3_train.training.callbacks import Checkpointing
+from mamba3_train.training.data_cursor import DataCursor
+from mamba3_train.training.step_guard import StepGuard
 
 
 class Dropping(lightning.LightningModule):
@@ -22,7 +24,7 @@ class Dropping(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False
-        self.seed = 3
+        self.seed, self.guard = 3, StepGuard()
         torch.manual_seed(11)
         self.model = torch.nn.Linear(4, 4)
         self.losses = {}
@@ -47,7 +49,7 @@ class Rows(Dataset):
 
 def checkpointing(folder, **settings):
     settings = {"every_n_steps": 4, "keep_last": 9, "keep_every_n_steps": 0, "asynchronous": True} | settings
-    callback = Checkpointing(folder, samples_per_step=1, config_yaml="run: {}\n", **settings)
+    callback = Checkpointing(folder, cursor=DataCursor(1), config_yaml="run: {}\n", **settings)
     callback.SECONDS_BETWEEN = 0.0
     return callback
 
@@ -111,7 +113,7 @@ def test_on_another_number_of_processes_random_numbers_start_anew_and_it_says_so
     state, module = {"step": 4, "world_size": 2}, SimpleNamespace(seed=3)
     draws = []
     for rank in (0, 1, 0):
-        callback._load_random_state(state, SimpleNamespace(world_size=1, global_rank=rank), module)
+        callback._load_random_state(tmp_path, state, SimpleNamespace(world_size=1, global_rank=rank), module)
         draws.append(torch.rand(1).item())
     assert draws[0] == draws[2] != draws[1]
     assert "random numbers start anew: 2 processes saved, 1 go on" in caplog.text
@@ -122,7 +124,7 @@ def test_on_another_number_of_processes_random_numbers_start_anew_and_it_says_so
 def test_it_saves_every_few_steps_and_at_the_end(asynchronous, tmp_path):
     train(tmp_path, 10, checkpointing(tmp_path, asynchronous=asynchronous))
     assert steps(tmp_path) == [4, 8, 10]
-    assert folders.read_state(tmp_path / "step-00000008") == {"step": 8, "samples": 8, "world_size": 1}
+    assert folders.read_state(tmp_path / "step-00000008") == {"step": 8, "samples": 8, "rollbacks": 0, "world_size": 1}
 
 
 @pytest.mark.filterwarnings("ignore")

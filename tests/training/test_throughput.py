@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mamba3_train.training.callbacks import Norms, Throughput
+from mamba3_train.training.data_cursor import DataCursor
 
 
 class OnTheDevice:
@@ -30,7 +31,7 @@ def run():
         model=model, device=torch.device("cpu"), gradient_clip_norm=1.0, optimizers=lambda: optimizer, trainer=trainer
     )
     norms = Norms(every_n_steps=5, of_layers=True)
-    callback = Throughput(every_n_steps=5, tokens_per_step=100, flops_per_token=1.0, norms=norms)
+    callback = Throughput(every_n_steps=5, tokens_per_step=100, flops_per_token=1.0, norms=norms, cursor=DataCursor(4))
     callback.on_train_start(trainer, module)
 
     def step(outputs):

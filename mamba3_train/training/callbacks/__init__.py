@@ -6,6 +6,17 @@ from mamba3_train.training.callbacks.norms import Norms
 from mamba3_train.training.callbacks.preemption import Preempted, Preemption
 from mamba3_train.training.callbacks.profiling import Profiling
 from mamba3_train.training.callbacks.progress import Progress
+from mamba3_train.training.callbacks.stability import Stability
 from mamba3_train.training.callbacks.throughput import Throughput
 
-__all__ = ["Checkpointing", "HangDetection", "Norms", "Preempted", "Preemption", "Profiling", "Progress", "Throughput"]
+__all__ = [
+    "Checkpointing",
+    "HangDetection",
+    "Norms",
+    "Preempted",
+    "Preemption",
+    "Profiling",
+    "Progress",
+    "Stability",
+    "Throughput",
+]

@@ -17,7 +17,9 @@ from mamba3_train.checkpoint import folders, sharded
 from mamba3_train.checkpoint.random_state import random_tensors, seed_generators, set_random_tensors
 from mamba3_train.checkpoint.saver import SaveFailed, Saver
 from mamba3_train.errors import UserError
-from mamba3_train.training.processes import SharedFlag
+from mamba3_train.training.data_cursor import DataCursor
+from mamba3_train.training.processes import SharedFlag, decided_by_rank_zero
+from mamba3_train.training.step_guard import StepGuard
 from mamba3_train.training.strategies import load_checkpoint, tensors_to_save
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class Checkpointing(Callback):
         keep_last: how many stay.
         keep_every_n_steps: steps whose checkpoints stay besides; 0 is none.
         asynchronous: train on while a checkpoint is written.
-        samples_per_step: rows of the global batch.
+        cursor: where the data is; stored with each and taken over from the one that the run goes on from.
         config_yaml: the resolved config, stored with each.
 
     Set before training starts:
@@ -56,7 +58,7 @@ class Checkpointing(Callback):
         keep_last: int,
         keep_every_n_steps: int,
         asynchronous: bool,
-        samples_per_step: int,
+        cursor: DataCursor,
         config_yaml: str,
     ):
         for key, value, least in (
@@ -68,7 +70,7 @@ class Checkpointing(Callback):
                 raise UserError(f"checkpoint.{key}={value} must be at least {least}")
         self.folder, self.every_n_steps = folder, every_n_steps
         self.keep_last, self.keep_every_n_steps, self.asynchronous = keep_last, keep_every_n_steps, asynchronous
-        self.samples_per_step, self.config_yaml = samples_per_step, config_yaml
+        self.cursor, self.config_yaml = cursor, config_yaml
         self.resume_from: Path | None = None
         self.before_waiting: Callable[[], None] = lambda: None
         self.failure: str | None = None
@@ -93,11 +95,9 @@ class Checkpointing(Callback):
         if self.resume_from is None:
             seed_generators(module.seed, 0, trainer.global_rank)
             return
-        load_checkpoint(trainer.strategy, self.resume_from, module.model, module.optimizers().optimizer)
-        state = folders.read_state(self.resume_from)
-        self._load_random_state(state, trainer, module)
+        state = self._load(self.resume_from, trainer, module)
+        self.cursor.restore(state)
         _count_steps_done(trainer, state["step"])
-        self._saved_step = state["step"]
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
         """Save when the step that is over asks for it."""
@@ -152,15 +152,41 @@ class Checkpointing(Callback):
             self._outcome()
         return trainer.global_step == self._saved_step
 
+    def newest_before(self, step: int) -> Path | None:
+        """The newest whole checkpoint of an earlier step, when nothing is being written any more."""
+        self._outcome()
+        self.before_waiting()
+        return decided_by_rank_zero(lambda: folders.newest_whole(self.folder, before_step=step))
+
+    def roll_back(self, trainer: Trainer, module: LightningModule, checkpoint: Path) -> int:
+        """Take everything but the data back to a checkpoint, when a batch has begun; returns its step.
+
+        Later checkpoints are deleted only then: a process killed before finds its way back here from any of them.
+        """
+        state = self._load(checkpoint, trainer, module)
+        self.cursor.roll_back(trainer.global_step, state["step"])
+        _count_steps_done(trainer, state["step"], batches_begun=1)
+        self._retry_step, self._failures = None, 0
+        decided_by_rank_zero(lambda: folders.delete_after(self.folder, state["step"]))
+        return state["step"]
+
+    def _load(self, checkpoint: Path, trainer: Trainer, module: LightningModule) -> dict:
+        load_checkpoint(trainer.strategy, checkpoint, module.model, module.optimizers().optimizer)
+        load_guard(checkpoint, module.guard)
+        state = folders.read_state(checkpoint)
+        self._load_random_state(checkpoint, state, trainer, module)
+        self._saved_step = state["step"]
+        return state
+
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         step = self._writing_step = trainer.global_step
-        state = {"step": step, "samples": step * self.samples_per_step, "world_size": trainer.world_size}
+        state = {"step": step, **self.cursor.state(step), "world_size": trainer.world_size}
         documents = {folders.STATE: json.dumps(state, indent=1) + "\n", folders.CONFIG: self.config_yaml}
         self._saver.start(step, self._tensors(trainer, module), documents)
 
     def _tensors(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
         training = tensors_to_save(trainer.strategy, module.model, module.optimizers().optimizer)
-        return training | random_tensors(trainer.global_rank)
+        return training | module.guard.tensors() | random_tensors(trainer.global_rank)
 
     def _outcome(self) -> bool:
         """Wait for the save that was begun, if one was; False, with a warning, if it failed."""
@@ -190,21 +216,35 @@ class Checkpointing(Callback):
         self._retry_step, self._failures = step + delay, self._failures + 1
         log.warning("training goes on; the next try is at step %d at the latest", self._retry_step)
 
-    def _load_random_state(self, state: dict, trainer: Trainer, module: LightningModule) -> None:
+    def _load_random_state(self, checkpoint: Path, state: dict, trainer: Trainer, module: LightningModule) -> None:
         before, now = state.get("world_size"), trainer.world_size
         if before == now:
             self._random_state = random_tensors(trainer.global_rank)
-            sharded.load(self.resume_from, self._random_state)
+            sharded.load(checkpoint, self._random_state)
             return
         # The saved draws have no counterpart: a rank has other rows now.
         seed_generators(module.seed, state["step"], trainer.global_rank)
         log.info("random numbers start anew: %s processes saved, %d go on", before, now)
 
 
-def _count_steps_done(trainer: Trainer, step: int) -> None:
-    """Set the counters behind trainer.global_step and the validation interval, as if `step` steps had been run."""
+def load_guard(checkpoint: Path, guard: StepGuard) -> None:
+    """Give a guard what it knew at a checkpoint; it begins anew where that was of another window, or is not there."""
+    shapes = sharded.shapes(checkpoint)
+    if all(shapes.get(name) == tensor.shape for name, tensor in guard.tensors().items()):
+        sharded.load(checkpoint, guard.tensors())
+    else:
+        guard.forget()
+        log.info("%s knows no losses of guards.spike_window: spikes are judged when there are new ones", checkpoint)
+
+
+def _count_steps_done(trainer: Trainer, step: int, batches_begun: int = 0) -> None:
+    """Set the counters behind trainer.global_step and the validation interval, as if `step` steps had been run.
+
+    Args:
+        batches_begun: 1 if called when a batch has begun, else 0.
+    """
     epoch_loop = trainer.fit_loop.epoch_loop
-    for progress in (epoch_loop.batch_progress.total, epoch_loop.manual_optimization.optim_step_progress.total):
-        progress.ready = progress.completed = step
-    epoch_loop.batch_progress.total.started = epoch_loop.batch_progress.total.processed = step
+    batches, steps = epoch_loop.batch_progress.total, epoch_loop.manual_optimization.optim_step_progress.total
+    batches.ready = step + batches_begun
+    batches.started = batches.processed = batches.completed = steps.ready = steps.completed = step
     epoch_loop._batches_that_stepped = step

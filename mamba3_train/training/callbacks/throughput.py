@@ -1,11 +1,13 @@
 """The logged rows: loss, learning rate, speed, utilisation, waiting for data, and memory."""
 
+import math
 import time
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mamba3_train.training.callbacks.norms import Norms
+from mamba3_train.training.data_cursor import DataCursor
 from mamba3_train.training.device_wait import DeviceWait
 from mamba3_train.training.hardware import peak_flops, peak_memory_gib
 
@@ -23,10 +25,13 @@ class Throughput(Callback):
         tokens_per_step: tokens of the global batch.
         flops_per_token: training FLOPs by `model/cost.py`.
         norms: what else a row tells.
+        cursor: where the data is at a step.
     """
 
-    def __init__(self, *, every_n_steps: int, tokens_per_step: int, flops_per_token: float, norms: Norms):
-        self.norms = norms
+    def __init__(
+        self, *, every_n_steps: int, tokens_per_step: int, flops_per_token: float, norms: Norms, cursor: DataCursor
+    ):
+        self.norms, self.cursor = norms, cursor
         self.every_n_steps = every_n_steps
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
@@ -53,6 +58,10 @@ class Throughput(Callback):
             self._log_step(trainer, module, outputs, step)
         self._wait.step_ended()
 
+    def count_from(self, step: int) -> None:
+        """The run was rolled back to a step: speed is measured from here on."""
+        self._last_time, self._last_step = time.perf_counter(), step
+
     def _log_step(self, trainer: Trainer, module: LightningModule, outputs, step: int) -> None:
         values = outputs | self.norms.take(module, outputs["train/grad_norm"])
         values = {name: value.item() for name, value in values.items()}
@@ -71,7 +80,7 @@ class Throughput(Callback):
             tokens_per_second_per_gpu=round(rate / trainer.world_size, 1),
             mfu=mfu,
             data_wait=round(waited / seconds, 4),
-            **_epochs(trainer, step),
+            **self._epochs(trainer, step),
             peak_memory_gib=round(peak_memory_gib(module.device), 3),
         )
 
@@ -89,15 +98,16 @@ class Throughput(Callback):
 
     def _log(self, trainer: Trainer, **values: float | None) -> None:
         step = trainer.global_step
+        # JSON has no number that is not finite.
+        values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         row = {"step": step, "tokens": step * self.tokens_per_step, **values}
         self.last_row |= row
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
 
-
-def _epochs(trainer: Trainer, step: int) -> dict[str, float]:
-    """How often each source of the data has been read through, as `epochs/NAME`."""
-    data = trainer.datamodule
-    if data is None:
-        return {}
-    return {f"epochs/{name}": round(value, 4) for name, value in data.epochs(step * data.global_batch_size).items()}
+    def _epochs(self, trainer: Trainer, step: int) -> dict[str, float]:
+        """How often each source of the data has been read through, as `epochs/NAME`."""
+        data = trainer.datamodule
+        if data is None:
+            return {}
+        return {f"epochs/{name}": round(value, 4) for name, value in data.epochs(self.cursor.samples(step)).items()}

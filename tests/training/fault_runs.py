@@ -1,0 +1,133 @@
+"""Trainings in which something goes wrong at chosen batches of the data, under every strategy in one pair of processes.
+
+Run by `test_guards.py`, which also takes `train` from here for what one process shows.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from strategy_runs import SMALL, STRATEGIES, overrides
+
+FAULTY = [
+    *SMALL, "model.layer_pattern=M", "model.n_layers=1", "trainer.max_steps=14", "schedule.total_steps=14",
+    "checkpoint.every_n_steps=4", "checkpoint.keep_last=9", "checkpoint.asynchronous=false", "guards.spike_window=4",
+    "data.validation_sequences=0", "trainer.precision=32-true", "trainer.accelerator=cpu",
+]  # fmt: skip
+# Batch of the data, counted from 0 → what happens to its loss, and on which rank (None: on all).
+ISOLATED = {3: ("nan", 1), 5: ("inf gradient", 0), 7: ("spike", None)}
+REPEATED = {9: ("spike", None), 10: ("spike", None), 11: ("spike", None)}
+
+
+class ScaledGradient(torch.autograd.Function):
+    """Leaves a value as it is and multiplies its gradient."""
+
+    @staticmethod
+    def forward(context, value, factor):
+        context.factor = factor
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * context.factor, None
+
+
+HARM = {
+    "nan": lambda loss: loss * math.nan,
+    "inf gradient": lambda loss: ScaledGradient.apply(loss, math.inf),
+    "spike": lambda loss: loss * 10,
+}
+
+
+def inject(module_class, faults: dict, history: list, at_batch=lambda batch: None) -> None:
+    """Make a module class suffer faults; `history` gets (step, batch, whether the step changed anything) of each step.
+
+    Args:
+        at_batch: called with the number of each batch before it is learned from.
+    """
+    from mamba3_train.training.strategies import tensors_to_save
+
+    taken = defaultdict(int)
+
+    def state(module):
+        tensors = tensors_to_save(module.trainer.strategy, module.model, module.optimizers().optimizer)
+        return {
+            name: (t.to_local() if hasattr(t, "to_local") else t).detach().clone()
+            for name, t in tensors.items()
+            if isinstance(t, torch.Tensor)
+        }
+
+    def training_step(module, batch, batch_idx):
+        data = module.trainer.datamodule
+        module.batch_number = data.samples_consumed // data.global_batch_size + taken[id(module)]
+        taken[id(module)] += 1
+        at_batch(module.batch_number)
+        before = state(module)
+        outputs = original_step(module, batch, batch_idx)
+        after = state(module)
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        history.append((module.global_step, module.batch_number, bool(changed)))
+        return outputs
+
+    def loss_sum(module, segment, carried):
+        loss, carried = original_loss(module, segment, carried)
+        kind, rank = faults.get(module.batch_number, (None, None))
+        harmed = kind and (module.trainer.world_size == 1 or rank in (None, module.trainer.global_rank))
+        return (HARM[kind](loss) if harmed else loss), carried
+
+    original_step, original_loss = module_class.training_step, module_class._loss_sum
+    module_class.training_step, module_class._loss_sum = training_step, loss_sum
+
+
+def train(folder: Path, corpus: Path, *settings: str, faults=None, at_batch=lambda batch: None):
+    """One run of the command in this process with faults; returns its exit code and the history of its steps."""
+    from mamba3_train.train import cli
+    from mamba3_train.training import report
+    from mamba3_train.training.lightning_module import PretrainingModule
+
+    report.report = lambda *_: None  # what is shown at the end is tested elsewhere
+    history = []
+    originals = PretrainingModule.training_step, PretrainingModule._loss_sum
+    inject(PretrainingModule, faults or {}, history, at_batch)
+    before, sys.argv = sys.argv, ["mamba3_train", *FAULTY, f"run.dir={folder}", f"data.path={corpus}", *settings]
+    try:
+        cli()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = before
+        PretrainingModule.training_step, PretrainingModule._loss_sum = originals
+    return code, history
+
+
+def main() -> None:
+    """Be one of two processes: every strategy with faults, going on after a roll back, and at last a rank that stops."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where run folders go")
+    parser.add_argument("--corpus", required=True, type=Path)
+    arguments = parser.parse_args()
+    rank = int(os.environ["RANK"])
+    for strategy in STRATEGIES:
+        folder = arguments.folder / strategy
+        settings = [*overrides(strategy), "guards.max_spikes_in_a_row=3", "guards.max_rollbacks=1"]
+        code, history = train(folder, arguments.corpus, *settings, faults=ISOLATED | REPEATED)
+        (folder / f"history-{rank}.json").write_text(json.dumps([code, history]))
+    (arguments.folder / f"done-{rank}").touch()
+
+    def stop_one(batch):
+        if batch == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    watchdog = "trainer.watchdog_seconds=5"
+    train(arguments.folder / "stopped", arguments.corpus, *overrides("ddp"), watchdog, at_batch=stop_one)
+
+
+if __name__ == "__main__":
+    main()
