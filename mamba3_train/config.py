@@ -115,6 +115,8 @@ class GuardsSection:
     """After so many spikes, what was a spike becomes the new level, or with max_rollbacks the run is rolled back."""
     max_rollbacks: int = 0
     """How often a run may return to the newest checkpoint from before the spikes, and pass over the data since."""
+    straggler_factor: float = 1.5
+    """A rank is named whose own work takes so many times the others' in three rows in a row. 0: none is."""
 
 
 class Resume(Enum):
@@ -367,8 +369,7 @@ def _explain(error: Exception, config_name: str) -> str:
         chain.append(chain[-1].__cause__)
     for link in chain:
         if isinstance(link, UserError):
-            # One from a loader's worker arrives with the worker's traceback before it.
-            return str(link).strip().splitlines()[-1].removeprefix("mamba3_train.errors.UserError: ")
+            return link.line
         if isinstance(link, MissingConfigException) and link.missing_cfg_file:
             group, _, name = link.missing_cfg_file.rpartition("/")
             return f"there is no {group or 'config'} named {name!r}. {nearest(name, link.options or [])}"

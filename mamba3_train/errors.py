@@ -9,6 +9,11 @@ class UserError(Exception):
     Commands print it without a traceback and exit with code 2.
     """
 
+    @property
+    def line(self) -> str:
+        """That line; one from a loader's worker arrives with the worker's traceback before it."""
+        return str(self).strip().splitlines()[-1].removeprefix("mamba3_train.errors.UserError: ")
+
 
 def nearest(name: str, choices: list[str]) -> str:
     """The end of a message about a wrong name: those that come near it, or all there are."""

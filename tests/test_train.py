@@ -110,7 +110,8 @@ def test_a_run_leaves_what_the_contract_says(uninterrupted):
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 25))
     assert [row["step"] for row in rows if "val/loss" in row] == [8, 16, 24]
     assert set(rows[0]) == {
-        "step", "tokens", "train/loss", "train/grad_norm", "train/param_norm", "train/update_norm", "lr",
+        "step", "tokens", "train/loss", "train/grad_norm", "train/param_norm", "train/update_norm",
+        "train/skipped_steps", "lr",
         "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "data_wait", "epochs/all", "peak_memory_gib",
         *(f"train/grad_norm/{part}" for part in ("embedding", "layers.0", "layers.1", "norm")),
     }  # fmt: skip

@@ -14,6 +14,9 @@ from mamba3_train.training.hardware import choose_compile
 from mamba3_train.training.lightning_module import PretrainingModule
 from mamba3_train.training.step_guard import StepGuard
 
+BYTES_A_PARAMETER = 12
+"""In a checkpoint: the weight and two moments in float32."""
+
 
 def open_start(config: DictConfig, model_config) -> StartingWeights | None:
     """The weights that init_from names, checked but not read; None without it, and for a run that goes on.
@@ -89,6 +92,14 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
         cursor=checkpointing.cursor,
     )
     stability = callbacks.Stability(every_n_steps=every_n_steps, throughput=throughput, checkpointing=checkpointing)
+    stragglers = callbacks.Stragglers(
+        every_n_steps=every_n_steps, factor=config.guards.straggler_factor, throughput=throughput
+    )
+    disk_space = callbacks.DiskSpace(
+        every_n_steps=every_n_steps,
+        bytes_expected=BYTES_A_PARAMETER * cost.total_parameters,
+        checkpointing=checkpointing,
+    )
     progress, preemption = callbacks.Progress(throughput, console), callbacks.Preemption(checkpointing)
     hang_detection = callbacks.HangDetection(config.trainer.watchdog_seconds, folder)
     checkpointing.before_waiting = hang_detection.on_save_waited_for
@@ -102,7 +113,18 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
         val_check_interval=config.validation.every_n_steps or None,
         check_val_every_n_epoch=None,
         log_every_n_steps=every_n_steps,
-        callbacks=[throughput, norms, stability, checkpointing, progress, preemption, *profiling, hang_detection],
+        callbacks=[
+            throughput,
+            norms,
+            stragglers,
+            stability,
+            checkpointing,
+            disk_space,
+            progress,
+            preemption,
+            *profiling,
+            hang_detection,
+        ],
         logger=loggers,
         use_distributed_sampler=False,
         enable_checkpointing=False,

@@ -2,14 +2,14 @@
 
 import torch
 
-from mamba3_train.training import device_wait
+from mamba3_train.training import device_clock
 from mamba3_train.training.callbacks import progress
 from mamba3_train.training.device_wait import DeviceWait
 
 
 def test_only_the_time_between_steps_counts(monkeypatch):
     clock = iter([10.0, 13.0, 20.0, 20.5, 30.0, 35.0])
-    monkeypatch.setattr(device_wait.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(device_clock.time, "perf_counter", lambda: next(clock))
     wait = DeviceWait(torch.device("cpu"))
     wait.step_begins()  # nothing came before the first
     wait.step_ended()  # at 10

@@ -152,6 +152,11 @@ class Checkpointing(Callback):
             self._outcome()
         return trainer.global_step == self._saved_step
 
+    @property
+    def writing(self) -> bool:
+        """Whether a save was begun whose outcome is not known."""
+        return self._writing_step is not None
+
     def newest_before(self, step: int) -> Path | None:
         """The newest whole checkpoint of an earlier step, when nothing is being written any more."""
         self._outcome()

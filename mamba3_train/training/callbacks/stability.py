@@ -11,6 +11,11 @@ from mamba3_train.training.callbacks.throughput import Throughput
 from mamba3_train.training.metrics_file import MetricsFile
 from mamba3_train.training.step_guard import Counts
 
+
+class TooManySkips(UserError):
+    """The same on every rank."""
+
+
 log = logging.getLogger(__name__)
 
 
@@ -50,13 +55,13 @@ class Stability(Callback):
         self._last = step, now
         if now.skipped > last.skipped and trainer.is_global_zero:
             log.warning(
-                "skipped between step %d and step %d: %d with a loss or gradient that is not finite, %d with a spike of "
-                "the loss; %d of the run so far",
+                "skipped between step %d and step %d: %d with a loss or gradient that is not finite, %d with a spike "
+                "of the loss; %d of the run so far",
                 last_step, step, now.nonfinite - last.nonfinite, now.spikes - last.spikes, now.skipped,
             )  # fmt: skip
         guard = module.guard
         if now.nonfinite_in_a_row >= guard.max_nonfinite_in_a_row:
-            raise UserError(
+            raise TooManySkips(
                 f"at step {step} the loss or its gradient has not been finite {now.nonfinite_in_a_row} times in a row "
                 f"(guards.max_nonfinite_in_a_row={guard.max_nonfinite_in_a_row}); weights are as they were before. "
                 f"{self._newest()}. Lower optimizer.lr or look at the data from sample "
@@ -65,18 +70,23 @@ class Stability(Callback):
         if guard.max_rollbacks and now.spikes_in_a_row >= guard.max_spikes_in_a_row:
             self._first_bad_step = step - now.skipped_in_a_row + 1
 
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """Say what only this rank met, as a changed shard: the command lets rank 0 alone speak."""
+        if isinstance(exception, UserError) and not isinstance(exception, TooManySkips) and not trainer.is_global_zero:
+            log.error("rank %d: %s", trainer.global_rank, exception.line)
+
     def _roll_back(self, trainer: Trainer, module: LightningModule, first_bad_step: int) -> None:
         cursor, step, most = self.checkpointing.cursor, trainer.global_step, module.guard.max_rollbacks
         what = f"the loss has spiked since step {first_bad_step}"
         if cursor.rollbacks >= most:
-            raise UserError(
+            raise TooManySkips(
                 f"{what}, and the run was rolled back {cursor.rollbacks} times already "
                 f"(guards.max_rollbacks={most}). {self._newest()}. Lower optimizer.lr, or raise "
                 "guards.spike_threshold if the data itself has become harder"
             )
         checkpoint = self.checkpointing.newest_before(first_bad_step)
         if checkpoint is None:
-            raise UserError(
+            raise TooManySkips(
                 f"{what}, and there is no checkpoint from before to roll back to: save more often "
                 f"(checkpoint.every_n_steps={self.checkpointing.every_n_steps})"
             )

@@ -35,6 +35,8 @@ class Throughput(Callback):
         self.every_n_steps = every_n_steps
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
+        self.data_wait_a_step = 0.0
+        """Seconds that this rank's device waited for data in a step, on the average since the row before the last."""
         self.last_row: dict[str, float | None] = {}
         """The newest values of everything logged so far."""
 
@@ -67,8 +69,11 @@ class Throughput(Callback):
         values = {name: value.item() for name, value in values.items()}
         now = time.perf_counter()
         seconds = now - self._last_time
-        rate = (step - self._last_step) * self.tokens_per_step / seconds
-        waited = torch.tensor(self._wait.seconds(), device=module.device)
+        steps = step - self._last_step
+        rate = steps * self.tokens_per_step / seconds
+        waited = self._wait.seconds()
+        self.data_wait_a_step = waited / steps
+        waited = torch.tensor(waited, device=module.device)
         waited = trainer.strategy.reduce(waited, reduce_op="max").item()
         self._last_time, self._last_step = now, step
         mfu = None if self._peak is None else rate * self.flops_per_token / (self._peak * trainer.world_size)
