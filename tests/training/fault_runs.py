@@ -18,7 +18,7 @@ from strategy_runs import SMALL, STRATEGIES, overrides
 
 FAULTY = [
     *SMALL, "model.layer_pattern=M", "model.n_layers=1", "trainer.max_steps=9", "schedule.total_steps=9",
-    "checkpoint.every_n_steps=3", "checkpoint.keep_last=9", "checkpoint.asynchronous=false", "guards.spike_window=4",
+    "checkpoint.every_n_steps=1", "checkpoint.keep_last=9", "checkpoint.asynchronous=false", "guards.spike_window=4",
     "data.validation_sequences=0", "trainer.precision=32-true", "trainer.accelerator=cpu",
 ]  # fmt: skip
 # Batch of the data, counted from 0 → what happens to its loss, and on which rank (None: on all).

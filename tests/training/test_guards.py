@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,9 +121,11 @@ def test_every_strategy_skips_and_rolls_back_as_one_process_does(strategy, folde
 
 def test_a_run_goes_on_after_a_roll_back_on_two_processes_where_it_was_on_one(folder, pair):
     outcome = json.loads((folder / "resumed" / "outcome-1.json").read_text())
-    assert outcome == [0, [[9, 10, True]]] or outcome == [0, [[7, 8, True], [8, 9, True], [9, 10, True]]]
-    losses = [[row["train/loss"] for row in rows(folder / run)[-3:]] for run in ("resumed", "single")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert outcome == [0, [[9, 10, True]]]
+    found, expected = (rows(folder / run)[-1] for run in ("resumed", "single"))
+    assert found["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
+    assert found["train/skipped_steps"] == expected["train/skipped_steps"]
+    assert state(folder / "resumed")["samples"] == state(folder / "single")["samples"]
 
 
 def test_a_slow_rank_is_named_and_does_not_hide_in_what_others_wait_for(folder, pair):
@@ -162,8 +165,8 @@ def test_interrupted_before_and_after_a_roll_back_it_ends_the_same(tmp_path, fol
             train(tmp_path, quickstart_corpus, *ALONE, *ROLL_BACK, faults=ISOLATED | REPEATED, at_batch=kill)
         except Killed:
             continue
-    # Both kills cost what came after the checkpoint of step 6: the spikes and the way back come again.
-    assert learned == [*range(9), *range(6, 11), *range(6, 11)]
+    # The first kill came before anything was saved after the roll back: the spikes and the way back come again.
+    assert learned == [*range(9), *range(6, 11), 10]
     assert_same(tmp_path, folder / "single")
 
 
@@ -181,10 +184,10 @@ def test_spikes_that_come_back_after_the_last_roll_back_end_the_run(tmp_path, qu
     faults = dict.fromkeys(range(4, 99), ("spike", None))
     code, history = train(tmp_path, quickstart_corpus, *ALONE, *ROLL_BACK, faults=faults)
     assert code == documented("spikes, too many in a row, no roll backs left")
-    assert [step for step, _, _ in history] == [1, 2, 3, 4, 5, 6, 4, 5]
+    assert [step for step, _, _ in history] == [1, 2, 3, 4, 5, 6, 5, 6]
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert "rolled back 1 times already (guards.max_rollbacks=1)" in error
-    assert json.loads((tmp_path / "checkpoints" / "step-00000003" / "state.json").read_text())["rollbacks"] == 0
+    assert state(tmp_path)["rollbacks"] == 1, "the same command does not begin to count anew"
 
 
 def test_a_loader_that_fails_ends_the_run_which_then_goes_on(tmp_path, quickstart_corpus, monkeypatch):
@@ -200,7 +203,7 @@ def test_a_loader_that_fails_ends_the_run_which_then_goes_on(tmp_path, quickstar
     assert documented("the loader raises an exception") == 1
     monkeypatch.undo()
     code, history = train(tmp_path / "run", quickstart_corpus, *ALONE)
-    assert (code, history) == (0, [(step, step - 1, True) for step in range(4, 10)])
+    assert (code, history) == (0, [(step, step - 1, True) for step in range(5, 10)])
 
 
 def test_a_shard_that_changes_ends_the_run_with_its_name(tmp_path, quickstart_corpus, monkeypatch, capsys):
@@ -259,6 +262,7 @@ def test_wandb_that_cannot_be_reached_stops_nothing(tmp_path, quickstart_corpus,
             raise ConnectionError("no route to host")
 
     monkeypatch.setattr(loggers, "WandbLogger", Unreachable)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(teardown=lambda: None))  # importing it takes seconds
     settings = ["logger=wandb", "trainer.max_steps=3", "checkpoint.every_n_steps=9"]
     code, history = train(tmp_path, quickstart_corpus, *ALONE, *settings)
     assert (code, len(history)) == (documented("wandb unreachable"), 3)

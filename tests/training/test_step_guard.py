@@ -101,8 +101,7 @@ def test_settings_out_of_range_are_named(setting):
 def test_a_step_with_its_guard_reads_nothing_off_the_device():
     """Tensors without values stand for those of a device that is not waited for: reading one is an error."""
     with FakeTensorMode():
-        model, guard = torch.nn.Linear(4, 4), StepGuard(spike_threshold=5.0)
-        guard.to(torch.device("cpu"))
+        model, guard = torch.nn.Sequential(torch.nn.Linear(4, 4)), StepGuard(spike_threshold=5.0)
         guard._losses, guard._counts = torch.zeros(128), torch.zeros(5, dtype=torch.int64)
         optimizer = SimpleNamespace(optimizer=adamw(model, lr=1e-3, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1))
         optimizer.step, optimizer.zero_grad = optimizer.optimizer.step, optimizer.optimizer.zero_grad
