@@ -36,7 +36,7 @@ class Throughput(Callback):
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.data_wait_a_step = 0.0
-        """Seconds that this rank's device waited for data in a step, on the average since the row before the last."""
+        """Seconds a step that this rank's device waited for data, between the last two rows."""
         self.last_row: dict[str, float | None] = {}
         """The newest values of everything logged so far."""
 
