@@ -1,6 +1,7 @@
 """Reading metrics.jsonl, at once or as it grows."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ def read_metrics(path: Path) -> list[dict]:
 class MetricsTail:
     """What the metrics file of a run says so far, while another process writes it.
 
-    `newest` has the last value of every key, `validations` the val/loss by step, in order. A run that resumes writes
+    `newest` has the last value of every key, `validations` the val/loss by step, in order, NaN where
+    it was not finite. A run that resumes writes
     its file anew; reading then starts over.
     """
 
@@ -39,7 +41,7 @@ class MetricsTail:
         for row in _rows(whole):
             self.newest |= row
             if "val/loss" in row:
-                self.validations[row["step"]] = row["val/loss"]
+                self.validations[row["step"]] = math.nan if row["val/loss"] is None else row["val/loss"]
 
     def _restart(self, file_id: int | None) -> None:
         self._file_id, self._offset = file_id, 0
