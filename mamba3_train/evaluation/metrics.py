@@ -14,9 +14,8 @@ def read_metrics(path: Path) -> list[dict]:
 class MetricsTail:
     """What the metrics file of a run says so far, while another process writes it.
 
-    `newest` has the last value of every key, `validations` the val/loss by step, in order, NaN where
-    it was not finite. A run that resumes writes
-    its file anew; reading then starts over.
+    `newest` has the last value of every key, `validations` the val/loss by step, in order, NaN where it was not finite.
+    A run that resumes writes its file anew; reading then starts over.
     """
 
     def __init__(self, path: Path):
