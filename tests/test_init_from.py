@@ -5,12 +5,15 @@ import shutil
 import sys
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from mamba3_train.config import compose
+from mamba3_train.evaluation.decoding import Decoder
 from mamba3_train.model import Mamba3Config
 from mamba3_train.train import cli
+from mamba3_train.trained_model import open_trained_model
 from tests.small_run import make_model, write_run
 
 SMALL = [
@@ -62,6 +65,15 @@ def test_a_new_run_begins_there_and_goes_on_without(train, tmp_path, quickstart_
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 2
     assert losses[1] == pytest.approx(losses[0], abs=1), "it did not start anew"
+
+    # What the resumed run left is decoded as it is computed row by row.
+    opened = open_trained_model(tmp_path / "new", device="cpu", dtype="float64")
+    assert opened.step == 2
+    row = torch.randint(0, 4096, (1, 12))
+    decoder, expected = Decoder(opened.model, [row[0, :7].tolist()], 5), opened.model(row)
+    for column in range(7, 12):
+        assert (decoder.logits - expected[:, column - 1]).abs().max() < 1e-9 * expected.abs().max()
+        decoder.step(row[:, column])
 
     code, _, errors = train("trainer.max_steps=3")
     assert code == 2

@@ -48,6 +48,24 @@ def test_prefill_and_decoding_equal_the_whole_row(settings):
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_a_state_after_packed_documents_is_the_last_ones(settings):
+    """Rows whose last documents have different lengths; the next pass begins with one that goes on and ends with another."""
+    model, ids = make_model(**settings), torch.randint(0, 61, (2, 20))
+    before = torch.tensor([[0] * 7 + [1] * 5, [0] * 2 + [1] * 1 + [2] * 9])
+    after = torch.tensor([[1] * 3 + [2] * 5, [2] * 8])
+    _, state = model(ids[:, :12], before, return_state=True)
+    logits, last = model(ids[:, 12:], after, state=state, return_state=True)
+    assert torch.allclose(logits[:1, :3], model(ids[:1, 7:15])[:, 5:], rtol=1e-9, atol=1e-11)
+    assert torch.allclose(logits[:1, 3:], model(ids[:1, 15:]), rtol=1e-9, atol=1e-11)
+    assert torch.allclose(logits[1:], model(ids[1:, 3:])[:, 9:], rtol=1e-9, atol=1e-11)
+    token = torch.tensor([[1], [2]])
+    step = model(token, state=last)
+    for row, begin in ((0, 15), (1, 3)):
+        whole = torch.cat([ids[row : row + 1, begin:], token[row : row + 1]], 1)
+        assert torch.allclose(step[row], model(whole)[0, -1:], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_a_packed_document_is_as_if_alone(settings):
     model, ids = make_model(**settings), torch.randint(0, 61, (1, 20))
     documents = torch.tensor([[0] * 7 + [1] * 1 + [2] * 12])

@@ -16,6 +16,8 @@ from pathlib import Path
 
 STRATEGIES = ("ddp", "fsdp", "hsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 PRECISIONS = ("32-true", "bf16-mixed")
+# Plain parameters, and both kinds of shards: under the others weights are put in place by the same code.
+STARTED = ("single", "ddp", "fsdp", "deepspeed_zero3")
 STEPS, HALF = 20, 10
 SMALL = [
     "+recipe=quickstart", "data.prepare.automatic=false", "data.validation_sequences=4", "data.sequence_length=32",
@@ -85,6 +87,9 @@ def work(arguments: argparse.Namespace, strategies: tuple[str, ...]) -> None:
     for precision in PRECISIONS:
         for strategy in strategies:
             train(arguments, arguments.folder / precision / strategy, strategy, precision)
+            if precision == "32-true" and strategy in STARTED:
+                begin = [f"init_from={arguments.folder / precision / 'single'}", "trainer.max_steps=1"]
+                train(arguments, arguments.folder / "started" / strategy, strategy, precision, *begin)
         if "single" in strategies or (precision != "32-true" and not arguments.all_pairs):
             continue
         before = ("single", *strategies)
@@ -101,7 +106,7 @@ def change(arguments: argparse.Namespace, source: str, strategy: str, precision:
     train(arguments, folder, strategy, precision)
 
 
-def train(arguments: argparse.Namespace, folder: Path, strategy: str, precision: str) -> None:
+def train(arguments: argparse.Namespace, folder: Path, strategy: str, precision: str, *more: str) -> None:
     """One run of the command, in this process."""
     from mamba3_train.train import cli
     from mamba3_train.training.lightning_module import PretrainingModule
@@ -109,7 +114,7 @@ def train(arguments: argparse.Namespace, folder: Path, strategy: str, precision:
     PretrainingModule.on_train_end = lambda module: write_audit(folder, module)
     settings = [f"run.dir={folder}", f"data.path={arguments.corpus}", f"trainer.precision={precision}"]
     accelerator = [f"trainer.accelerator={arguments.accelerator}"]
-    sys.argv = ["mamba3_train", *SMALL, *overrides(strategy), *settings, *accelerator]
+    sys.argv = ["mamba3_train", *SMALL, *overrides(strategy), *settings, *accelerator, *more]
     try:
         cli()
     except SystemExit as end:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from strategy_runs import STEPS, STRATEGIES
+from strategy_runs import STARTED, STEPS, STRATEGIES
 
 from mamba3_train.checkpoint import sharded
 from mamba3_train.errors import UserError
@@ -121,6 +121,17 @@ def test_dtypes_and_decay(strategy, precision, runs):
     golden |= {f"layers.mixer.{name}": f"float32 / {rest} / float32 / 0.0" for name in DYNAMICS}
     golden |= {f"{name}.weight": f"float32 / {rest} / float32 / 0.0" for name in NORMS}
     assert json.loads((runs / precision / strategy / "audit.json").read_text()) == golden
+
+
+@pytest.mark.parametrize("strategy", STARTED)
+def test_trained_weights_are_the_same_start_under_every_strategy(strategy, runs):
+    """One step from what one process arrived at, read by every rank for itself."""
+    (before, *_), _ = losses_and_norms(runs / "32-true" / "single")
+    rows = {s: json.loads((runs / "started" / s / "metrics.jsonl").read_text().split("\n")[0]) for s in STARTED}
+    assert rows[strategy]["step"] == 1
+    assert rows[strategy]["train/loss"] < before - 0.1, "it begins where training has been"
+    assert rows[strategy]["train/loss"] == pytest.approx(rows["single"]["train/loss"], rel=1e-5)
+    assert rows[strategy]["train/grad_norm"] == pytest.approx(rows["single"]["train/grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("cpu_offload", [False, True])
