@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,10 +15,9 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @command("generate", texts=("prompt",))
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> int:
     """Continue the prompts: text to the standard output, everything else beside it."""
     prompts = read_prompts(config.prompt, config.prompts)
-    stop = stop_strings(config.stop)
     for key in ("samples", "batch_size", "max_new_tokens"):
         if config[key] < 1:
             raise UserError(f"{key}={config[key]} must be at least 1")
@@ -26,18 +26,34 @@ def main(config: DictConfig) -> None:
 
     from rich.console import Console
 
-    from mamba3_train.evaluation.generation import generate
     from mamba3_train.evaluation.sampling import Sampling
     from mamba3_train.trained_model import DTYPES, open_trained_model
 
-    sampling = Sampling(**{key: config[key] for key in SAMPLING})
+    settings = {
+        "sampling": Sampling(**{key: config[key] for key in SAMPLING}),
+        "stop": stop_strings(config.stop),
+        "cuda_graph": config.cuda_graph,
+        "ssm_dtype": None if config.state_dtype == "auto" else DTYPES[config.state_dtype],
+    }
     trained = open_trained_model(config.run, **{key: config[key] for key in OPENING})
     console = Console(stderr=True, highlight=False)
     size = sum(parameter.numel() for parameter in trained.model.parameters())
     console.print(f"{trained.description}: {size:,} parameters on {trained.device}", soft_wrap=True)
     rows = [prompt for prompt in prompts for _ in range(config.samples)]
+    try:
+        done = list(generations(config, trained, rows, settings))
+    except KeyboardInterrupt:
+        write("\n")
+        return 130
+    console.print(speed(done), soft_wrap=True)
+    return 0
+
+
+def generations(config: DictConfig, trained, rows: list[str], settings: dict) -> Iterator:
+    """Continue prompts batch by batch, show them and keep them; one alone is shown as it comes."""
+    from mamba3_train.evaluation.generation import generate
+
     alone = len(rows) == 1
-    done = []
     for begin in range(0, len(rows), config.batch_size):
         batch = rows[begin : begin + config.batch_size]
         if alone:
@@ -47,21 +63,15 @@ def main(config: DictConfig) -> None:
             trained.tokenizer,
             batch,
             config.max_new_tokens,
-            sampling=sampling,
-            stop=stop,
             seed=config.seed + begin,
-            cuda_graph=config.cuda_graph,
-            ssm_dtype=None if config.state_dtype == "auto" else DTYPES[config.state_dtype],
             on_text=(lambda _, text: write(text)) if alone else (lambda *_: None),
+            **settings,
         )
-        done.append(generation)
         for prompt, continuation in zip(batch, generation.continuations, strict=True):
-            if not alone:
-                write(f"{prompt}{continuation.text}\n{'─' * 40}\n")
+            write("\n" if alone else f"{prompt}{continuation.text}\n{'─' * 40}\n")
         if config.output is not None:
             save(Path(config.output), batch, generation.continuations, first=begin == 0)
-    write("\n" if alone else "")
-    console.print(speed(done), soft_wrap=True)
+        yield generation
 
 
 def read_prompts(prompt: str | None, file: str | None) -> list[str]:

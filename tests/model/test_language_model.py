@@ -49,7 +49,7 @@ def test_prefill_and_decoding_equal_the_whole_row(settings):
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_a_state_after_packed_documents_is_the_last_ones(settings):
-    """Rows whose last documents have different lengths; the next pass begins with one that goes on and ends with another."""
+    """Rows whose last documents have different lengths; the next pass begins with one that goes on."""
     model, ids = make_model(**settings), torch.randint(0, 61, (2, 20))
     before = torch.tensor([[0] * 7 + [1] * 5, [0] * 2 + [1] * 1 + [2] * 9])
     after = torch.tensor([[1] * 3 + [2] * 5, [2] * 8])
