@@ -1,14 +1,16 @@
-"""Compile every Triton kernel for Hopper on a machine without a GPU and print what the compiler made of it.
+"""Compile every Triton kernel on a machine without a GPU and print what the compiler made of it.
 
-    python tools/compile_kernels.py              # all sizes below: minutes
-    python tools/compile_kernels.py siso mimo4   # some
+    python tools/compile_kernels.py                                  # all sizes below, for Hopper: minutes
+    python tools/compile_kernels.py siso mimo4                       # some
+    python tools/compile_kernels.py siso_wide --arch 89 --chunk 16   # for another GPU, in other chunks than the table's
 
 The launches are the real ones: the scan and the decode step run on meta tensors and each launch is compiled instead of
 made. One line of JSON a kernel: registers, stores that spill, shared memory, faults in its code (see
-`launch.wrong_descriptors`). Exits with 1 if a kernel has a fault or needs more shared memory than a block of an H100 or
-H200 has.
+`launch.wrong_descriptors`). Exits with 1 if a kernel has a fault or needs more shared memory than a block has on that
+GPU.
 """
 
+import argparse
 import json
 import os
 import re
@@ -27,7 +29,8 @@ from mamba3_train.kernels import StepState, decode_step, triton_scan
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import wrong_descriptors
 
-SHARED_MEMORY = 227 * 1024
+# KiB a block may have, by compute capability (CUDA C++ programming guide, technical specifications).
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int16: "*i16", torch.int32: "*i32",
 }  # fmt: skip
@@ -86,7 +89,7 @@ def decode(inputs):
     decode_step.decode_token(Inputs(**token | {"document_ids": None}), state, 1e-5)
 
 
-def compile_launch(kernel, args, options):
+def compile_launch(kernel, args, options, arch):
     """Compile one launch as the runtime would, its pointers taken to be aligned."""
     names = kernel.arg_names
     settings = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
@@ -101,7 +104,7 @@ def compile_launch(kernel, args, options):
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=settings)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
 
 
 def report(compiled):
@@ -119,7 +122,7 @@ def report(compiled):
     }
 
 
-def main(sizes):
+def main(sizes, arch, chunk):
     seen, failed = set(), []
 
     def compile_instead(kernel, grid, *args, **options):
@@ -127,19 +130,26 @@ def main(sizes):
         key = (kernel.fn.__name__, str(types), str(sorted(options.items())))
         if key not in seen:
             seen.add(key)
-            line = {"size": size, "kernel": kernel.fn.__name__, **report(compile_launch(kernel, args, options))}
+            line = {"size": size, "kernel": kernel.fn.__name__, **report(compile_launch(kernel, args, options, arch))}
             print(json.dumps(line), flush=True)
-            if line["faults"] or line["shared"] > SHARED_MEMORY:
+            if line["faults"] or line["shared"] > SHARED_MEMORY[arch] * 1024:
                 failed.append(line)
 
     triton_scan.run = decode_step.run = compile_instead
+    if arch < 90:
+        triton_scan.programs_ahead = lambda device: 0
     for size in sizes:
         inputs = meta_inputs(**SIZES[size])
-        _, last, kept = triton_scan.scan_forward(inputs, 1e-5, keep=True)
-        triton_scan.scan_backward(inputs, 1e-5, inputs.x.contiguous(), last, kept)
+        _, last, kept = triton_scan.scan_forward(inputs, 1e-5, keep=True, launch=chunk)
+        triton_scan.scan_backward(inputs, 1e-5, inputs.x.contiguous(), last, kept, chunk)
         decode(inputs)
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or list(SIZES)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", choices=[*SIZES, []], default=list(SIZES), metavar="SIZE")
+    parser.add_argument("--arch", type=int, choices=SHARED_MEMORY, default=90, help="compute capability, without a dot")
+    parser.add_argument("--chunk", type=int, default=0, help="tokens of a chunk; 0: the table's")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.sizes, arguments.arch, arguments.chunk))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 
 class Launch(NamedTuple):
@@ -117,7 +118,7 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
     host than a small kernel on the device.
 
     Raises:
-        RuntimeError: the compiler built it wrong.
+        RuntimeError: the compiler built it wrong, or it needs more shared memory than this GPU's blocks have.
     """
     if interpreted():
         kernel[grid](*args, **options)
@@ -135,7 +136,13 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
     key = (kernel.fn.__name__, *types, *options.values()) if addresses % 16 == 0 else None
     known = _compiled.get(key)
     if known is None:
-        compiled = kernel[grid](*args, **options)
+        try:
+            compiled = kernel[grid](*args, **options)
+        except OutOfResources as short:
+            raise RuntimeError(
+                f"{kernel.fn.__name__} needs {short.required:,} of {short.name} for these sizes, this GPU has "
+                f"{short.limit:,}: use a smaller chunk_size, or kernels=reference"
+            ) from short
         _refuse_wrong_code(kernel, compiled)
         if key is not None:
             _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]
