@@ -11,13 +11,15 @@ from mamba3_train.sweeping.trial_process import STOPPED, TrialProcess
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # An idle worker looks so often for trials that another machine's worker left.
 LOOK_SECONDS = 30.0
+# A signal of the same kind is a second one when it comes later than this: launchers may send one twice.
+AGAIN_SECONDS = 2.0
 
 
 class Workers:
     """As many trials at a time as there are environments, until none is left or a signal comes.
 
-    On a signal the trainings save and leave, and their trials wait for whoever runs the sweep next; on a second one
-    they are killed.
+    On a signal the trainings save and leave, and their trials wait for whoever runs the sweep next; on a second one of
+    the same kind they are killed.
 
     Args:
         journal: where trials come from and what came of them goes.
@@ -38,18 +40,19 @@ class Workers:
         self._journal, self._start, self._environments = journal, start, environments
         self._display, self._poll_seconds = display, poll_seconds
         self._running: dict[int, TrialProcess] = {}
-        self._signals: list[int] = []
+        self._signals: dict[int, float] = {}
+        self._killing = False
         self._look_at = 0.0
 
     def run(self) -> int:
         """Train; returns the signal that stopped it, 0 for none."""
-        before = {number: signal.signal(number, lambda n, _: self._signals.append(n)) for number in SIGNALS}
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             while True:
                 if not self._signals:
                     self._fill()
                 if not self._running:
-                    return self._signals[0] if self._signals else 0
+                    return next(iter(self._signals), 0)
                 for worker in list(self._running):
                     self._advance(worker)
                 self._display.show(self._running)
@@ -60,6 +63,10 @@ class Workers:
                 training.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        now = time.monotonic()
+        self._killing |= now > self._signals.setdefault(number, now) + AGAIN_SECONDS
 
     def _fill(self) -> None:
         free = [worker for worker in range(len(self._environments)) if worker not in self._running]
@@ -82,7 +89,7 @@ class Workers:
         self._report(training)
         if self._signals:
             training.stop()
-        if len(self._signals) > 1:
+        if self._killing:
             training.kill()
         if code is not None:
             del self._running[worker]

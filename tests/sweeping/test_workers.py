@@ -9,7 +9,7 @@ import pytest
 from stub_sweep import EIGHT, Events, make_journal, sweep
 
 from mamba3_train.errors import UserError
-from mamba3_train.sweeping import results
+from mamba3_train.sweeping import results, workers
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,20 @@ def test_a_signal_stops_all_trainings_and_the_sweep_goes_on_later(number, tmp_pa
     assert {"trial-0000 stopped after step 1", "trial-0001 stopped after step 1"} <= set(events.lines)
     sweep(journal, kinds=waiting)
     assert [record.state for record in journal.records()] == ["complete"] * 3
+
+
+def test_a_second_signal_kills_trainings_that_do_not_leave(tmp_path, monkeypatch):
+    class Interrupting(Events):
+        def show(self, running):
+            if all(training.step for training in running.values()):
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(workers, "AGAIN_SECONDS", 0.0)
+    journal = make_journal(tmp_path, trials=1)
+    events, stopped = sweep(journal, kinds={0: "stays"}, events=Interrupting())
+    assert stopped == signal.SIGINT
+    assert events.lines[1:] == ["trial-0000 stopped after step 1"]
+    assert [record.state for record in journal.records()] == ["stopped"]
 
 
 def test_a_training_that_others_stop_goes_on_unless_it_gets_nowhere(tmp_path):
