@@ -14,9 +14,9 @@ from mamba3_train.sweeping import results, workers
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A sweep of eight trials that nothing stopped."""
+    """A sweep of eight trials that nothing stopped; trial 4 would not end by itself, were it not pruned."""
     journal = make_journal(tmp_path_factory.mktemp("sweep") / "whole", **EIGHT)
-    sweep(journal)
+    sweep(journal, kinds={4: "waits"})
     return journal.records()
 
 
@@ -76,6 +76,7 @@ def test_workers_at_the_same_time_draw_what_one_draws_and_have_their_own_gpus(tm
     sweep(one)
     sweep(three, workers=3)
     assert three.records() == one.records()
+    assert len({record.values["optimizer.lr"] for record in one.records()}) == 6
     gpus = {(folder / "starts").read_text().strip() for folder in (tmp_path / "three").glob("trial-*/")}
     assert gpus <= {"0", "1", "2"}
     assert len(gpus) > 1
