@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from mamba3_train import generate
 from mamba3_train.config import verbatim
+from mamba3_train.errors import UserError
 from tests.small_run import make_config, make_model, write_run
 
 HARD = "it's \"x\", (a) {b: c} [d] = ${run} \\${run} \\' #! \n\ttab \\\\"
@@ -94,13 +95,39 @@ def test_stop_strings(given, expected):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "content", "complaint"),
+    [
+        ("a", "b", "give either prompt=TEXT or prompts=FILE"),
+        (None, None, "cannot be read"),
+        (None, "\n \n", "holds no prompt"),
+        (None, '"a"\n[1]', r'\[1\] is neither a JSON text nor an object with "prompt"'),
+        (None, "plain", "plain is neither"),
+    ],
+)
+def test_files_without_prompts_are_refused(prompt, content, complaint, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        generate.read_prompts(prompt, str(file))
+
+
+def test_an_interrupt_ends_it_without_a_traceback(run, monkeypatch):
+    def interrupted(*arguments):
+        yield
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "generations", interrupted)
+    code, out, errors = run("prompt=a")
+    assert (code, out) == (130, "\n")
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         ([], "give either prompt=TEXT or prompts=FILE"),
-        (["prompt=a", "prompts=b"], "give either"),
         (["prompt="], "prompt 1 is empty"),
-        (["prompts=nowhere.txt"], "prompts=nowhere.txt cannot be read"),
-        (["prompts=/dev/null"], "holds no prompt"),
         (["prompt=a", "max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
         (["prompt=a", "state_dtype=float16"], "state_dtype=float16 must be auto, float32 or bfloat16"),
         (["prompt=a", "batch_size=0"], "batch_size=0"),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,31 +42,39 @@ class Weights(Mapping[str, Tensor]):
         return Weights({new: self.shapes[name] for new, name in old.items()}, lambda new: self[old[new]])
 
 
+class Piece(NamedTuple):
+    """A part of a tensor: the file it is in, where in the tensor it begins, and its size."""
+
+    file: safe_open
+    begin: tuple[int, ...]
+    size: tuple[int, ...]
+
+
 def read_safetensors(files: Iterable[Path]) -> Weights:
     """Tensors of safetensors files: whole ones, and those that ranks wrote in pieces (`checkpoint/sharded.py`).
+
+    The files stay open, mapped into memory, as long as the weights are in use.
 
     Raises:
         UserError: a file is missing or is no safetensors file.
     """
-    pieces: dict[str, list[tuple[Path, tuple[int, ...], tuple[int, ...]]]] = {}
-    for path in files:
-        with _open(path) as file:
-            placed = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                size = tuple(file.get_slice(name).get_shape())
-                begin = tuple(placed.get(name, {}).get("saved_offsets", (0,) * len(size)))
-                pieces.setdefault(name, []).append((path, begin, size))
+    pieces: dict[str, list[Piece]] = {}
+    for file in map(_open, files):
+        placed = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            size = tuple(file.get_slice(name).get_shape())
+            begin = tuple(placed.get(name, {}).get("saved_offsets", (0,) * len(size)))
+            pieces.setdefault(name, []).append(Piece(file, begin, size))
     shapes = {name: _whole_shape(parts) for name, parts in pieces.items()}
 
     def read(name: str) -> Tensor:
         whole = None
-        for path, begin, size in pieces[name]:
-            with _open(path) as file:
-                piece = file.get_tensor(name)
-            if piece.shape == shapes[name]:
-                return piece
-            whole = torch.empty(shapes[name], dtype=piece.dtype) if whole is None else whole
-            whole[tuple(slice(b, b + s) for b, s in zip(begin, size, strict=True))] = piece
+        for piece in pieces[name]:
+            values = piece.file.get_tensor(name)
+            if values.shape == shapes[name]:
+                return values
+            whole = torch.empty(shapes[name], dtype=values.dtype) if whole is None else whole
+            whole[tuple(slice(b, b + s) for b, s in zip(piece.begin, piece.size, strict=True))] = values
         return whole
 
     return Weights(shapes, read)
@@ -106,8 +115,8 @@ def check_shape(name: str, shape: torch.Size, expected: torch.Size) -> None:
         raise UserError(f"parameter {name} has shape {tuple(shape)}, the config asks for {tuple(expected)}")
 
 
-def _whole_shape(parts: list[tuple[Path, tuple[int, ...], tuple[int, ...]]]) -> torch.Size:
-    ends = [[b + s for b, s in zip(begin, size, strict=True)] for _, begin, size in parts]
+def _whole_shape(pieces: list[Piece]) -> torch.Size:
+    ends = [[b + s for b, s in zip(piece.begin, piece.size, strict=True)] for piece in pieces]
     return torch.Size([max(dimension) for dimension in zip(*ends, strict=True)])
 
 

@@ -5,6 +5,7 @@ import torch
 
 from mamba3_train.evaluation.decoding import Decoder, state_bytes
 from mamba3_train.model.cost import state_bytes as expected_bytes
+from mamba3_train.model.initialization import keeps_float32
 from tests.small_run import make_config, make_model
 
 STACKS = {
@@ -38,10 +39,20 @@ def forced(model, prompt, new):
     return model(row)[0, len(prompt) - 1 : -1, : model.config.vocab_size]
 
 
-# The dtype's rounding, over the model's depth; float64's is what the mathematics is held to.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
+def cast(model, dtype):
+    """A model as `open_trained_model` gives it: dynamics and norms are never narrower than float32."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if keeps_float32(name) else dtype)
+    return model
+
+
+# The dtype's rounding, over the model's depth; float64's is what the mathematics is held to. In bfloat16 0.7 % was
+# seen, as much as rounding the weights to it moves logits.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4), (torch.bfloat16, 1.5e-2)]
+)
 def test_decoding_equals_the_forward_pass_for_each_prompt_alone(config, dtype, tolerance):
-    model = make_model(config).to(dtype)
+    model = cast(make_model(config), dtype)
     new = torch.randint(0, 270, (len(PROMPTS), NEW))
     logits = decoded(model, PROMPTS, new)
     for row, prompt in enumerate(PROMPTS):
@@ -63,10 +74,10 @@ def test_prompts_together_are_as_alone_whatever_stands_in_the_filling(config):
 
 def test_memory_does_not_grow(config):
     model = make_model(config)
-    decoder = Decoder(model, [[1, 2, 3]], 50)
+    decoder = Decoder(model, [[1, 2, 3]], 17)
     places = [tensor.data_ptr() for layer in decoder.state for tensor in layer]
     before = state_bytes(decoder.state)
-    for token in range(50):
+    for token in range(17):
         decoder.step(torch.tensor([token]))
     assert state_bytes(decoder.state) == before
     assert places == [tensor.data_ptr() for layer in decoder.state for tensor in layer]
@@ -76,7 +87,7 @@ def test_memory_does_not_grow(config):
         assert state_bytes(longer.state) == before
     else:
         counter = 8 * config.layers.count("*")
-        assert before == expected_bytes(config, 53, element_bytes=4) + counter, "room for 3 tokens and 50 more"
+        assert before == expected_bytes(config, 20, element_bytes=4) + counter, "room for 3 tokens and 17 more"
 
 
 def test_a_state_may_be_stored_in_bfloat16():
