@@ -48,6 +48,10 @@ class TrainerSection:
     """How long and on what."""
 
     max_steps: int = MISSING
+    max_hours: float | None = None
+    """Hours after its start at which this process saves and leaves with exit code 85; null: no limit but the job's."""
+    stop_before_seconds: float = 120.0
+    """Under Slurm, how long before the end of the job it does so."""
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
@@ -298,7 +302,7 @@ def command(
                     check_keys(config)
                     code = run(config)
             except MISTAKES as error:
-                _fail(_explain(error, config_name))
+                _fail(explain(error, config_name))
             except SystemExit as stop:
                 code = stop.code  # a process that started others has ended well, which must not end other jobs
             if code:
@@ -318,7 +322,7 @@ def command(
             try:
                 main(task)()
             except MISTAKES as error:
-                _fail(_explain(error, config_name))
+                _fail(explain(error, config_name))
 
         return cli
 
@@ -345,7 +349,7 @@ def check_keys(config: DictConfig | ListConfig, path: str = "") -> None:
             raise UserError(f"unknown key {path}{key}. {nearest(key, list(parameters))}")
 
 
-def _explain(error: Exception, config_name: str) -> str:
+def explain(error: Exception, config_name: str = "train") -> str:
     """One line for a mistake in the command line or a yaml file, with the nearest valid names."""
     chain = [error]
     while chain[-1].__cause__ is not None:
@@ -389,6 +393,6 @@ def _valid_keys(wrong: str, config_name: str) -> list[str]:
 
 def _fail(message: str) -> None:
     # One line, however many processes find the same mistake.
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

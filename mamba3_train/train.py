@@ -1,18 +1,36 @@
 """The story of a run: data → run folder → model → callbacks → Trainer.fit → report."""
 
 import logging
+import signal
 import warnings
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from mamba3_train.config import command
+from mamba3_train.config import MISTAKES, command
 from mamba3_train.errors import UserError
+from mamba3_train.training import slurm
+from mamba3_train.training.stop_signals import StopSignals, exit_code
+
+log = logging.getLogger(__name__)
 
 
 @command("train")
 def cli(config: DictConfig) -> int:
-    """Train what the config describes; returns the exit code."""
+    """Train what the config describes, until it is complete or asked to stop; returns the exit code."""
+    slurm.adopt_ranks()
+    with StopSignals() as stop:
+        try:
+            return _train(config, stop)
+        except Exception as error:
+            if not stop.received or isinstance(error, MISTAKES):
+                raise
+            # A signal to all processes ends helpers that compile or log, and other ranks' ends are felt here.
+            log.exception("failed after %s; the same command goes on", signal.Signals(stop.received).name)
+            return exit_code(stop.received)
+
+
+def _train(config: DictConfig, stop: StopSignals) -> int:
     # Heavy imports wait until there is something to do: --help and mistakes in the config answer at once.
     from hydra.utils import instantiate
     from rich.console import Console
@@ -23,7 +41,8 @@ def cli(config: DictConfig) -> int:
     from mamba3_train.training import assembly, processes
     from mamba3_train.training.callbacks import Preempted, Profiling
     from mamba3_train.training.hardware import choose_precision, on_gpu
-    from mamba3_train.training.metrics_file import MetricsFile
+    from mamba3_train.training.metrics_file import MetricsFile, validation_missing
+    from mamba3_train.training.report import is_reported
 
     _quiet()
     console = Console(highlight=False, quiet=processes.rank() != 0)
@@ -40,7 +59,8 @@ def cli(config: DictConfig) -> int:
     profiling = [] if config.profile is None else [Profiling(folder, list(config.profile))]
     data.check_batch_size(config.trainer.devices * config.trainer.num_nodes)
 
-    processes.start_processes(config.trainer.devices, config.trainer.num_nodes)
+    preemption = assembly.build_preemption(config, checkpointing, stop)
+    processes.start_processes(config.trainer.devices, config.trainer.num_nodes, stop)
     processes.join(on_gpu(config.trainer.accelerator), config.trainer.watchdog_seconds)
     processes.decided_by_rank_zero(data.prepare_data)
     data.setup()
@@ -50,7 +70,7 @@ def cli(config: DictConfig) -> int:
     checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config, data.tokenizer.documents()))
     state = folders.read_state(checkpoint) if checkpoint else {"step": 0, "samples": 0}
     step, samples = state["step"], state["samples"]
-    if step >= max_steps:
+    if step >= max_steps and is_reported(folder, step):
         console.print(f"{folder} is complete at step {step}: see {folder}/summary.json, or raise trainer.max_steps")
         return 0
     begin = f"starting {folder}" + (f" from {start.description}" if start else "")
@@ -59,21 +79,23 @@ def cli(config: DictConfig) -> int:
     most_steps = max_steps - step + config.guards.max_rollbacks * max_steps
     data.samples_consumed, data.total_steps = samples, samples // data.global_batch_size + most_steps
     checkpointing.resume_from = checkpoint
+    metrics, interval = folder / "metrics.jsonl", config.validation.every_n_steps
+    preemption.validate_first = processes.decided_by_rank_zero(lambda: validation_missing(metrics, step, interval))
     cost = model_cost(model_config, data.sequence_length)
     console.print(
         f"{cost.total_parameters:,} parameters, {cost.training_flops_per_token / 1e6:,.1f} MFLOP a token, "
         f"{data.tokens_per_step:,} tokens a step"
     )
 
-    loggers = [MetricsFile(folder / "metrics.jsonl", from_step=step), *([logger] if logger else [])]
+    loggers = [MetricsFile(metrics, from_step=step), *([logger] if logger else [])]
     trainer = assembly.build_trainer(
-        config, strategy, precision, data, cost, checkpointing, profiling, loggers, console
+        config, strategy, precision, data, cost, checkpointing, preemption, profiling, loggers, console
     )
     try:
         trainer.fit(module, datamodule=data)
-    except Preempted as stop:
-        console.print(f"{stop}; the same command goes on from there")
-        return stop.exit_code
+    except Preempted as end:
+        console.print(f"{end}; the same command goes on from there")
+        return end.exit_code
     _report(config, trainer, module, data, cost, console, checkpointing.failure)
     return 0
 

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 TWO_PROCESSES = {
     "ddp": ["strategy=ddp", "trainer.devices=2", "data.micro_batch_size=1"],
     "fsdp": ["strategy=fsdp", "trainer.devices=2", "data.micro_batch_size=1", "trainer.activation_checkpointing=full"],
-    "hsdp": ["strategy=hsdp", "strategy.replicas=2", "trainer.devices=2", "data.micro_batch_size=1"],
 }
 
 SMALL = [
@@ -37,8 +36,9 @@ class Run:
     def start(self, *overrides):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
-            [*self.command, *overrides], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            [*self.command, *overrides], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
 
     def finish(self, *overrides, code=0):
         process = self.start(*overrides)
@@ -47,12 +47,13 @@ class Run:
         return out, err
 
     def stop_at(self, step, number, *overrides, rank=None):
-        """Send a signal, to a rank or to the process that was started, once a step is logged; returns output, code."""
+        """Send a signal once a step is logged, to a rank or to the process that was started with all that it started in
+        its group, as a terminal and a scheduler do; returns output and code."""
         process = self.start(*overrides)
         while process.poll() is None and self.last_step() < step:
             time.sleep(0.01)
         if rank is None:
-            process.send_signal(number)
+            os.killpg(process.pid, number)
         else:
             os.kill(rank_process(process.pid, rank), number)
         out, _ = process.communicate(timeout=60)
@@ -140,19 +141,39 @@ def test_the_loss_falls(uninterrupted):
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(number, tmp_path, quickstart_corpus, uninterrupted):
+@pytest.mark.timeout(600)
+def test_a_run_interrupted_three_times_goes_on_as_if_nothing_had_happened(tmp_path, quickstart_corpus, uninterrupted):
+    """Every phase and every signal: tests/training/test_preemption.py."""
     run = Run(tmp_path / "run", quickstart_corpus)
-    out, code = run.stop_at(7, number)
-    assert code == (-9 if number == signal.SIGKILL else 128 + number)
-    # A signal that can be caught saves at the step it came in; a kill costs what came after the last checkpoint.
-    if number != signal.SIGKILL:
-        assert "the same command goes on from there" in out
-        saved = json.loads((sorted((run.folder / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())
-        assert saved["step"] == run.last_step()
+    for step, number, expected in ((7, signal.SIGKILL, -9), (11, signal.SIGINT, 130), (15, signal.SIGTERM, 85)):
+        out, code = run.stop_at(step, number)
+        assert code == expected
+        # A signal that can be caught saves at the step it came in; a kill costs what came after the last checkpoint.
+        if number != signal.SIGKILL:
+            assert "the same command goes on from there" in out
+            saved = json.loads((sorted((run.folder / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())
+            assert saved["step"] == run.last_step()
     out, _ = run.finish()
     assert "resuming" in out
     assert_same(run, uninterrupted)
+
+
+def test_a_run_asked_to_stop_before_it_begins_leaves_nothing_behind(tmp_path, quickstart_corpus):
+    run = Run(tmp_path / "run", quickstart_corpus)
+    process = run.start()
+    while not takes(signal.SIGUSR1, process.pid):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 85
+    assert out == "stopped by SIGUSR1; there was nothing to save, and the same command goes on\n"
+    assert not run.folder.exists()
+
+
+def takes(number, pid):
+    """Whether a process has a handler for a signal yet."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1
 
 
 def test_a_finished_run_is_left_alone(uninterrupted):
@@ -270,23 +291,24 @@ def test_two_processes_train_as_one_does(uninterrupted_pair, uninterrupted):
 
 
 def test_two_processes_stopped_twice_go_on_as_if_nothing_had_happened(tmp_path, quickstart_corpus, uninterrupted_pair):
-    """First one of them is killed, then the other is asked to stop."""
+    """First one of them is killed, then the process that started them is asked to stop."""
     run = Run(tmp_path / "run", quickstart_corpus)
-    run.stop_at(7, signal.SIGKILL, *TWO_PROCESSES["fsdp"], rank=1)
-    run.stop_at(13, signal.SIGTERM, *TWO_PROCESSES["fsdp"], rank=0)
+    _, code = run.stop_at(7, signal.SIGKILL, *TWO_PROCESSES["fsdp"], rank=1)
+    assert code not in (0, 85)
+    out, code = run.stop_at(13, signal.SIGUSR2, *TWO_PROCESSES["fsdp"])
+    assert code == 85
+    assert out.count("the same command goes on from there") == 1
     run.finish(*TWO_PROCESSES["fsdp"])
     assert_same(run, uninterrupted_pair)
 
 
-@pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), ("fsdp", "single"), ("single", "hsdp")])
-def test_a_run_goes_on_under_another_strategy(before, after, tmp_path, quickstart_corpus, uninterrupted):
-    """Stopped by a signal to one rank; the checkpoint of any strategy is read by any, on another number of devices."""
+def test_a_run_goes_on_on_another_number_of_devices(tmp_path, quickstart_corpus, uninterrupted):
+    """Stopped by a signal to one rank. Every strategy after every other: tests/training/test_strategies.py."""
     run = Run(tmp_path / "run", quickstart_corpus)
-    processes = TWO_PROCESSES.get(before, [])
-    out, code = run.stop_at(7, signal.SIGTERM, *processes, rank=1 if processes else None)
-    assert code == 128 + signal.SIGTERM
+    out, code = run.stop_at(7, signal.SIGTERM, *TWO_PROCESSES["ddp"], rank=1)
+    assert code == 85
     assert "the same command goes on from there" in out
-    out, _ = run.finish(*TWO_PROCESSES.get(after, []))
+    out, _ = run.finish()
     assert "resuming" in out
     for row, expected in zip(run.losses(), uninterrupted.losses(), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)

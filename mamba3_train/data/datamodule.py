@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from mamba3_train.data.batches import TrainingBatches, ValidationBatches
 from mamba3_train.data.best_fit import BestFitRows, plans_name, write_plans
 from mamba3_train.data.corpus_files import MANIFEST, LocalFiles, RemoteFiles, is_remote
+from mamba3_train.data.loader_workers import leave_signals_to_the_trainer
 from mamba3_train.data.mixture import Mixture, read_stages
 from mamba3_train.data.packing import CutRows, unpack
 from mamba3_train.data.preparation import Preparation
@@ -237,6 +238,7 @@ class TokenDataModule(lightning.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_trainer,
             # Its own: a loader seeds its workers, and must not move the generator that training draws from.
             generator=torch.Generator(),
         )

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import lightning
 from hydra.utils import instantiate
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from omegaconf import DictConfig, OmegaConf
 
 from mamba3_train.checkpoint import folders
 from mamba3_train.checkpoint.starting_weights import StartingWeights
-from mamba3_train.training import callbacks
+from mamba3_train.errors import UserError
+from mamba3_train.training import callbacks, processes, slurm
 from mamba3_train.training.data_cursor import DataCursor
 from mamba3_train.training.hardware import choose_compile
 from mamba3_train.training.lightning_module import PretrainingModule
@@ -80,7 +82,22 @@ def build_logger(config: DictConfig):
     return instantiate(config.logger, folder=config.run.dir, settings=settings, _convert_="all", _recursive_=False)
 
 
-def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpointing, profiling, loggers, console):
+def build_preemption(config: DictConfig, checkpointing, stop):
+    """The callback that ends a run on request, or in time; of several processes the first one minds the time."""
+    trainer, limits = config.trainer, []
+    for key in ("max_hours", "stop_before_seconds"):
+        if trainer[key] is not None and trainer[key] < 0:
+            raise UserError(f"trainer.{key}={trainer[key]} must be at least 0")
+    if trainer.max_hours is not None:
+        limits.append(stop.started + 3600 * trainer.max_hours)
+    if processes.rank() == 0 and (end := slurm.job_end()) is not None:
+        limits.append(end - trainer.stop_before_seconds)
+    return callbacks.Preemption(checkpointing, stop, min(limits, default=None))
+
+
+def build_trainer(
+    config: DictConfig, strategy, precision, data, cost, checkpointing, preemption, profiling, loggers, console
+):
     """Lightning's Trainer with our callbacks and loggers; it does the loop and nothing of saving or showing."""
     folder, every_n_steps = Path(config.run.dir), config.trainer.log_every_n_steps
     norms = callbacks.Norms(every_n_steps=every_n_steps, of_layers=config.trainer.log_layer_norms)
@@ -100,10 +117,10 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
         bytes_expected=BYTES_A_PARAMETER * cost.total_parameters,
         checkpointing=checkpointing,
     )
-    progress, preemption = callbacks.Progress(throughput, console), callbacks.Preemption(checkpointing)
+    progress = callbacks.Progress(throughput, console)
     hang_detection = callbacks.HangDetection(config.trainer.watchdog_seconds, folder)
     checkpointing.before_waiting = hang_detection.on_save_waited_for
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         strategy=strategy,
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
@@ -131,4 +148,17 @@ def build_trainer(config: DictConfig, strategy, precision, data, cost, checkpoin
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        # Else Lightning looks around for one, and Slurm's would requeue the job by itself.
+        plugins=None if getattr(strategy, "cluster_environment", None) else [LightningEnvironment()],
     )
+    _leave_signals_to_us(trainer)
+    return trainer
+
+
+def _leave_signals_to_us(trainer: lightning.Trainer) -> None:
+    """Keep Lightning from handling SIGTERM: it broadcasts from inside the handler, which hangs, and saves nothing.
+
+    At each step it asks rank 0's device for what its handler noted, and waits for the answer: no host would run ahead.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

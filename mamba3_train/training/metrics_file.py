@@ -81,3 +81,10 @@ class MetricsFile(Logger):
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         os.replace(partial, self.path)
+
+
+def validation_missing(path: Path, step: int, every_n_steps: int) -> bool:
+    """Whether a run that stopped after this step had yet to validate it: it was stopped in the middle of that."""
+    if not step or not every_n_steps or step % every_n_steps or not path.exists():
+        return False
+    return not any("val/loss" in row and row["step"] == step for row in read_metrics(path))

@@ -1,9 +1,10 @@
 """The processes of a run: started, joined, and of one mind about what rank 0 decides."""
 
 import datetime
-import logging
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,19 @@ import torch
 import torch.distributed as dist
 
 from mamba3_train.errors import UserError
+from mamba3_train.training.stop_signals import STOPPED, StopSignals, exit_code
 
 # The shortest time after which a rank gives up waiting for the others: longer than a cold compilation takes.
 TIMEOUT = datetime.timedelta(minutes=20)
 PATIENCE = 3
 """How many times `trainer.watchdog_seconds` a process may spend on what is done once, or waits for storage."""
 
+# Seconds that processes have to end by themselves when one of them has ended with an error.
+ENDING = 30.0
+
 
 def started_by_launcher() -> bool:
-    """Whether torchrun, or anything that sets its variables, started this process."""
+    """Whether torchrun, srun, or anything that sets torchrun's variables, started this process as one of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -28,8 +33,13 @@ def rank() -> int:
     return int(os.environ["RANK"]) if started_by_launcher() else 0
 
 
-def start_processes(devices: int, num_nodes: int) -> None:
+def start_processes(devices: int, num_nodes: int, stop: StopSignals) -> None:
     """Where several devices of this machine are asked for, run this same command once for each, and end as they end.
+
+    Args:
+        devices: of each node.
+        num_nodes: machines.
+        stop: the signals to this process, which the others are to get.
 
     Raises:
         UserError: several nodes, which only a launcher on each of them can start; or a launcher that started another
@@ -46,38 +56,70 @@ def start_processes(devices: int, num_nodes: int) -> None:
     if num_nodes > 1:
         raise UserError(
             f"trainer.num_nodes={num_nodes} needs a launcher on every node: torchrun --nnodes={num_nodes} "
-            f"--nproc-per-node={devices} --rdzv-endpoint=HOST:PORT -m mamba3_train …"
+            f"--nproc-per-node={devices} --rdzv-endpoint=HOST:PORT -m mamba3_train …, or srun with a task a device"
         )
     if wanted > 1:
-        sys.exit(_run_on_each(devices))
+        sys.exit(_run_on_each(devices, stop))
 
 
-def _run_on_each(devices: int) -> int:
-    """Start one process a device by torch's elastic agent, which ends all when one fails; returns the exit code."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def _run_on_each(devices: int, stop: StopSignals) -> int:
+    """Start one process a device and pass signals on to them; when one ends, the others end; returns the exit code.
 
-    # The processes report for themselves; the agent would repeat it in forty lines.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // devices, 1)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=devices,
-        run_id=str(os.getpid()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "mamba3_train", *sys.argv[1:])
-    except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        return next((code for code in codes if code > 0), 128 - min(codes))
-    except SignalException as stop:
-        return 128 + stop.sigval
-    return 0
+    Torch's elastic agent would take a signal to itself for an order to end them within thirty seconds.
+    """
+    # Here, so that its port is taken as soon as it is chosen; the first two variables let ranks use it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = os.environ | {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(devices),
+        "LOCAL_WORLD_SIZE": str(devices),
+    }
+    common.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // devices, 1)))
+    command = [sys.executable, "-m", "mamba3_train", *sys.argv[1:]]
+    processes: list[subprocess.Popen] = []
+
+    def pass_on(number: int) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    stop.leave_after, stop.pass_on = None, pass_on
+    for number in map(str, range(devices)):
+        # In sessions of their own: what a terminal sends reaches them through this process, once.
+        environment = common | {"RANK": number, "LOCAL_RANK": number}
+        processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+    if stop.received:  # while they were started
+        pass_on(stop.received)
+    failed = _first_failures(processes)
+    _end(processes)
+    codes = [process.returncode for process in processes]
+    if STOPPED in codes:
+        return STOPPED  # and the others fell over its absence
+    if stop.received and -stop.received in codes:
+        return exit_code(stop.received)  # it came before they were ready for it
+    return next((code for code in failed if code > 0), 128 - min(failed)) if failed else 0
+
+
+def _first_failures(processes: list[subprocess.Popen]) -> list[int]:
+    """Wait until all have ended, or one with an error; the exit codes that are errors."""
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(codes) or None not in codes:
+            return [code for code in codes if code]
+        time.sleep(0.1)
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    """Give processes that have lost one of them time to notice, and to finish what they log; then kill them."""
+    deadline = time.monotonic() + ENDING
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def join(on_gpu: bool, watchdog_seconds: float = 0.0) -> None:

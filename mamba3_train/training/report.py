@@ -49,6 +49,12 @@ def report(
         console.print(f"{name:<16} {folder / path}", soft_wrap=True)
 
 
+def is_reported(folder: Path, step: int) -> bool:
+    """Whether a run that took its last step has its summary, too: it may have been stopped in between."""
+    summary = folder / "summary.json"
+    return summary.exists() and json.loads(summary.read_text()).get("step") == step
+
+
 def sample_text(config: DictConfig, module: LightningModule, tokenizer) -> str:
     """Prompt and continuation as text, the same for the same weights and seed."""
     with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for every new length
