@@ -39,6 +39,7 @@ def main(config: DictConfig) -> None:
     console.print(counts(config, model, cost))
     console.print(memory_table(config, model, cost))
     console.print(speed(config, model, cost))
+    console.print(f"\nSubmit it to Slurm with\n  {submit_command(config)}", soft_wrap=True)
     console.print(f"\nRun it with\n  {launch_command(config)}", soft_wrap=True)
 
 
@@ -56,9 +57,9 @@ def check(config: DictConfig) -> None:
         raise UserError(f"data.global_batch_size={rows} is not a multiple of gpus={config.gpus}")
 
 
-def micro_batch_size(config: DictConfig) -> int:
+def micro_batch_size(config: DictConfig, gpus: int | None = None) -> int:
     """The micro-batch asked for, or the next smaller one that divides a GPU's rows."""
-    rows = config.data.global_batch_size // config.gpus
+    rows = config.data.global_batch_size // (gpus or config.gpus)
     return next(size for size in range(min(config.data.micro_batch_size, rows), 0, -1) if rows % size == 0)
 
 
@@ -142,9 +143,16 @@ def speed(config: DictConfig, model: Mamba3Config, cost: Cost) -> Table:
     return table
 
 
+def submit_command(config: DictConfig) -> str:
+    """The command that submits the run to Slurm, which fills in strategy, devices and micro-batch by itself."""
+    nodes, devices = max(1, config.gpus // config.gpus_per_node), min(config.gpus, config.gpus_per_node)
+    flags = f"--nodes {nodes} --gpus-per-node {devices} --time 24:00:00 --dry-run"
+    return " ".join(["python slurm/submit.py", *_given(), flags])
+
+
 def launch_command(config: DictConfig) -> str:
     """The command that starts the run on these GPUs."""
-    given = [a for a in sys.argv[1:] if a.partition("=")[0] not in ("gpus", "gpus_per_node", "gpu", "mfu")]
+    given = _given()
     strategy = any(a.startswith("strategy=") for a in given)
     nodes, devices = max(1, config.gpus // config.gpus_per_node), min(config.gpus, config.gpus_per_node)
     extra = [] if strategy or config.gpus == 1 else ["strategy=fsdp" if nodes == 1 else "strategy=hsdp"]
@@ -157,6 +165,11 @@ def launch_command(config: DictConfig) -> str:
     if nodes > 1:
         start = f"torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-endpoint=HOST:29500 -m mamba3_train"
     return " ".join([start, *given, *extra])
+
+
+def _given() -> list[str]:
+    """What was given of the run itself."""
+    return [a for a in sys.argv[1:] if a.partition("=")[0] not in ("gpus", "gpus_per_node", "gpu", "mfu")]
 
 
 def _table(title: str, *columns: str) -> Table:

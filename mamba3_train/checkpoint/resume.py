@@ -16,6 +16,9 @@ IDENTITY = (
     *(f"data.{key}" for key in ("path", "seed", "packing", "mixture", "sequence_length", "global_batch_size")),
 )
 
+# Where slurm/submit.py leaves its script, the code and the logs, before the run begins.
+SUBMISSION = "slurm"
+
 
 def open_run_folder(config: DictConfig, documents: Mapping[str, str] = MappingProxyType({})) -> Path | None:
     """Make config.run.dir ready and return the checkpoint to continue from, None for a new run.
@@ -27,7 +30,7 @@ def open_run_folder(config: DictConfig, documents: Mapping[str, str] = MappingPr
     """
     folder = Path(config.run.dir)
     saved = folder / folders.CONFIG
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != SUBMISSION for path in folder.iterdir()):
         if config.resume.name == "never":
             raise UserError(f"resume=never needs an empty folder, but {folder} is in use: choose another run.name")
         if not saved.exists():

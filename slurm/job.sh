@@ -1,0 +1,42 @@
+#!/bin/bash
+# @title@, made by slurm/submit.py from slurm/job.sh. Edit that one for your cluster.
+# code: @commit@
+@directives@
+
+# What goes on in here is for the tasks: they save, and this script must live to see how they ended.
+trap : TERM USR1 USR2
+cd @directory@ || exit 1
+
+@environment@
+
+# The code as it was when the job was submitted, whatever lies in the folder by now.
+code=@code@
+export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+
+# Compiled kernels lie on a disk of each node, for this job alone; when it is requeued it may find them again.
+cache=${TMPDIR:-/tmp}/mamba3_train-$SLURM_JOB_ID
+export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor
+
+# For tasks that cannot ask Slurm, in a container for example.
+export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s)}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+
+logs=@logs@/$SLURM_JOB_ID
+mkdir -p "$logs"
+echo "$(date -Is) start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, logs by rank in $logs"
+
+# A task a GPU. Of tasks that lose one of them, the others have a minute to notice it and to end their logs.
+srun --kill-on-bad-exit=0 --wait=60 --open-mode=append --output="$logs/rank-%4t.log" @container@\
+    @python@ -m mamba3_train @arguments@
+ended=$?
+
+echo "$(date -Is) ended with exit code $ended"
+# A job that was cancelled has another state, and is not to come back.
+if [ "$ended" -eq @stopped@ ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt @requeues@ ]; then
+        scontrol requeue "$SLURM_JOB_ID" && exit
+    else
+        echo "requeued @requeues@ times already: submit it again to go on"
+    fi
+fi
+exit "$ended"
