@@ -9,8 +9,8 @@ from mamba3_train.errors import UserError
 
 # A normal distribution's standard deviation in units of its median absolute deviation.
 DEVIATIONS = 1.4826
-# The spread is taken to be at least this share of the median: a flat curve makes no spike of a little more.
-LEAST_SPREAD = 0.02
+# The spread is taken to be at least so many nats: a flat curve, of a loss near 0 above all, makes no spike of a little.
+LEAST_SPREAD = 0.05
 
 
 class Counts(NamedTuple):
@@ -40,7 +40,7 @@ class StepGuard:
     """Knows the losses of recent steps that were taken, and counts those that were not.
 
     A loss is a spike when it lies more than `spike_threshold` robust standard deviations (1.4826 times the median
-    absolute deviation, at least 2 % of the median) above the median of the last `spike_window` losses; the first
+    absolute deviation, at least 0.05 nats) above the median of the last `spike_window` losses; the first
     half window judges nothing.
 
     Args:
@@ -106,8 +106,7 @@ class StepGuard:
             return torch.zeros_like(loss, dtype=torch.bool)
         known = self._counts[Counts._fields.index("known")]
         median = self._median(self._losses, known)
-        spread = DEVIATIONS * self._median((self._losses - median).abs(), known)
-        spread = torch.maximum(spread, LEAST_SPREAD * median.abs())
+        spread = (DEVIATIONS * self._median((self._losses - median).abs(), known)).clamp(min=LEAST_SPREAD)
         return (known >= len(self._losses) // 2) & (loss > median + self.spike_threshold * spread)
 
     def record(self, loss: Tensor, gradient_norm: Tensor, spike: Tensor) -> None:
