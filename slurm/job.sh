@@ -18,8 +18,10 @@ cache=${TMPDIR:-/tmp}/mamba3_train-$SLURM_JOB_ID
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor
 
 # For tasks that cannot ask Slurm, in a container for example.
-export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s)}
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)
+export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$end" +%s 2>/dev/null)}
+# Else srun would give its tasks a CPU each.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 logs=@logs@/$SLURM_JOB_ID
 mkdir -p "$logs"

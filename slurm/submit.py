@@ -318,8 +318,9 @@ def main() -> None:
     except MISTAKES as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(2)
-    print(f"submitted {job.script} as job {number}\n  its messages  {job.folder}/{number}.out")
-    print(f"  logs by rank  {job.folder}/{number}/rank-0000.log\n  stop and save scancel --signal=USR1 {number}")
+    messages, logs = (f"{number}_*.out", "*") if options.array else (f"{number}.out", number)
+    print(f"submitted {job.script} as job {number}\n  its messages  {job.folder}/{messages}")
+    print(f"  logs by rank  {job.folder}/{logs}/rank-0000.log\n  stop and save scancel --signal=USR1 {number}")
 
 
 if __name__ == "__main__":

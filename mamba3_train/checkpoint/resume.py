@@ -41,6 +41,8 @@ def open_run_folder(config: DictConfig, documents: Mapping[str, str] = MappingPr
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in {**documents, folders.CONFIG: OmegaConf.to_yaml(config, resolve=True)}.items():
+            if (folder / name).exists() and (folder / name).read_text() == text:
+                continue
             partial = folder / f".{name}.partial"
             partial.write_text(text)
             os.replace(partial, folder / name)

@@ -37,8 +37,8 @@ def job_end() -> float | None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
-    if "SLURM_JOB_END_TIME" in os.environ:
-        return float(os.environ["SLURM_JOB_END_TIME"])
+    if end := os.environ.get("SLURM_JOB_END_TIME"):
+        return float(end)
     try:
         return datetime.datetime.fromisoformat(_ask("squeue", "--noheader", f"--jobs={job}", "--format=%e")).timestamp()
     except ValueError:

@@ -80,7 +80,7 @@ def test_the_end_of_the_job(job):
     assert slurm.job_end() == 1.8e9
     job(TASK | {"RANK": "0"}, squeue="2027-01-15T08:00:00")
     assert slurm.job_end() == datetime.datetime(2027, 1, 15, 8).timestamp()
-    job(TASK | {"RANK": "0"}, squeue="N/A")
+    job(TASK | {"RANK": "0", "SLURM_JOB_END_TIME": ""}, squeue="N/A")
     assert slurm.job_end() is None
     job(TASK | {"RANK": "0"})
     assert slurm.job_end() is None
