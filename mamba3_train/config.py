@@ -91,6 +91,20 @@ class ValidationSection:
 
 
 @dataclass
+class EvaluationSection:
+    """Tasks of lm-evaluation-harness while training; none by default."""
+
+    tasks: list[str] = field(default_factory=list)
+    every_n_steps: int = 5000
+    limit: int = 100
+    """Documents of each task: training waits."""
+    include_path: str | None = None
+    """Folder with tasks of one's own."""
+    tokens_per_batch: int = 8192
+    """In one pass of a device."""
+
+
+@dataclass
 class KernelsSection:
     """Which implementation of the scan."""
 
@@ -104,6 +118,21 @@ class ReportSection:
     sample_prompt: str | None = None
     sample_tokens: int = 160
     sample_temperature: float = 0.7
+    accuracy_lengths: list[int] = field(default_factory=list)
+    """Lengths of the documents of a synthetic task at which accuracy is measured."""
+    accuracy_documents: int = 256
+    """How many of each length."""
+
+
+@dataclass
+class ComparisonSection:
+    """What `python -m mamba3_train.compare` runs beside each other, and what it compares."""
+
+    variants: dict[str, list[str]] = field(default_factory=dict)
+    """By name, the overrides that make a variant."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    score: str = "val/loss"
+    """Key of summary.json: a number, or numbers by length."""
 
 
 class Resume(Enum):
@@ -125,11 +154,13 @@ class TrainConfig:
     schedule: dict[str, Any] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] | None = None
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     kernels: KernelsSection = field(default_factory=KernelsSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     validation: ValidationSection = field(default_factory=ValidationSection)
     guards: GuardsSection = field(default_factory=GuardsSection)
     report: ReportSection = field(default_factory=ReportSection)
+    comparison: ComparisonSection = field(default_factory=ComparisonSection)
     profile: list[int] | None = None
     """First and last step, counted from 1, to record with PyTorch's profiler into the run folder."""
     resume: Resume = Resume.auto
@@ -246,6 +277,32 @@ class SweepConfig(TrainConfig):
     """Folder of a sweep to look at."""
 
 
+@dataclass
+class EvaluateConfig(UseConfig):
+    """Root of a config of evaluation."""
+
+    tasks: list[str] = field(default_factory=lambda: ["perplexity"])
+    """perplexity; paper, the paper's seven tasks; any task of lm-evaluation-harness."""
+    devices: int = 1
+    corpus: str | None = None
+    """Prepared corpus for the perplexity; null: the one the run was trained on."""
+    split: str = "validation"
+    rows: int | None = None
+    """Most rows of each source of it; null: all."""
+    sequence_length: int | None = None
+    """Tokens in a row, and most of them in a pass of a task; null: those of training, or 2048."""
+    tokens_per_batch: int = 8192
+    """In one pass of a device."""
+    limit: int | None = None
+    """Documents of each task; null: all."""
+    num_fewshot: int | None = None
+    """Examples before each question; null: the task's own number."""
+    include_path: str | None = None
+    """Folder with tasks of one's own, in the yaml of lm-evaluation-harness."""
+    output: str | None = None
+    """File for the results as JSON; null: evaluation-step-NNNNNNNN.json in the run's folder, if it is a run."""
+
+
 def register_configs() -> None:
     """Store the root schemas, and every file of recipes/ as group `recipe`, in Hydra's ConfigStore."""
     store = ConfigStore.instance()
@@ -254,6 +311,7 @@ def register_configs() -> None:
     store.store(name="generate_schema", node=GenerateConfig)
     store.store(name="export_schema", node=ExportConfig)
     store.store(name="sweep_schema", node=SweepConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
     folder = shipped_folder("recipes")
     for path in sorted(folder.rglob("*.yaml")):
         group = "/".join(["recipe", *path.relative_to(folder).parts[:-1]])

@@ -56,6 +56,7 @@ def _train(config: DictConfig, stop: StopSignals) -> int:
     precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
     checkpointing = assembly.build_checkpointing(config, data)
     logger = assembly.build_logger(config)
+    evaluation = assembly.build_evaluation(config)
     profiling = [] if config.profile is None else [Profiling(folder, list(config.profile))]
     data.check_batch_size(config.trainer.devices * config.trainer.num_nodes)
 
@@ -67,7 +68,7 @@ def _train(config: DictConfig, stop: StopSignals) -> int:
     if start is not None:
         data.check_tokenizer(start.folder)
         processes.decided_by_rank_zero(start.verify)
-    checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config, data.tokenizer.documents()))
+    checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config, data.documents()))
     state = folders.read_state(checkpoint) if checkpoint else {"step": 0, "samples": 0}
     step, samples = state["step"], state["samples"]
     if step >= max_steps and is_reported(folder, step):
@@ -89,7 +90,7 @@ def _train(config: DictConfig, stop: StopSignals) -> int:
 
     loggers = [MetricsFile(metrics, from_step=step), *([logger] if logger else [])]
     trainer = assembly.build_trainer(
-        config, strategy, precision, data, cost, checkpointing, preemption, profiling, loggers, console
+        config, strategy, precision, data, cost, checkpointing, preemption, profiling, evaluation, loggers, console
     )
     try:
         trainer.fit(module, datamodule=data)

@@ -88,10 +88,10 @@ def find_tokenizer(pretrained: Pretrained, chosen: str | None = None) -> Tokeniz
         is_path = Path(chosen).exists() or chosen.endswith(".json") or chosen.startswith((".", "/"))
         return Tokenizer.from_file(chosen) if is_path else Tokenizer.from_hub(chosen)
     beside = Tokenizer.from_folder(pretrained.folder)
-    if beside is not None or pretrained.run_config is None:
+    corpus = pretrained.run_config.data.get("path") if pretrained.run_config is not None else None
+    if beside is not None or corpus is None:
         return beside
     # A run of before run folders held their tokenizer.
-    corpus = pretrained.run_config.data.path
     try:
         return Tokenizer.of_corpus(corpus, read_manifest(corpus).end_of_document_id)
     except UserError:

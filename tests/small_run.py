@@ -44,9 +44,9 @@ def make_model(config, seed=0, kernels="reference"):
     return model.eval()
 
 
-def write_run(folder, model, steps=(7,)):
+def write_run(folder, model, steps=(7,), **data):
     """Save a model as a run's checkpoints of these steps; returns the folder."""
-    config_yaml = OmegaConf.to_yaml({"model": model.config.to_dict(), "data": {"path": "nowhere"}})
+    config_yaml = OmegaConf.to_yaml({"model": model.config.to_dict(), "data": {"path": "nowhere", **data}})
     saver = Saver(folder / "checkpoints", asynchronous=False, keep_last=9)
     for step in steps:
         documents = {folders.STATE: f'{{"step": {step}}}\n', folders.CONFIG: config_yaml}

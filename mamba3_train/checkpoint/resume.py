@@ -14,6 +14,7 @@ from mamba3_train.errors import UserError
 IDENTITY = (
     *("model", "optimizer", "run.seed", "init_from"),
     *(f"data.{key}" for key in ("path", "seed", "packing", "mixture", "sequence_length", "global_batch_size")),
+    *(f"data.{key}" for key in ("task", "shortest", "longest", "curriculum_steps")),
 )
 
 # Where slurm/submit.py leaves its script, the code and the logs, before the run begins.

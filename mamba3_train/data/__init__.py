@@ -7,6 +7,7 @@ from importlib import import_module
 
 _HOME = {
     "TokenDataModule": "datamodule",
+    "SyntheticDataModule": "synthetic",
     "Preparation": "preparation",
     "Tokenizer": "tokenizer",
     "TokenSplit": "token_shards",

@@ -1,4 +1,4 @@
-"""The data module: prepared token shards -> what each rank needs for each optimizer step."""
+"""Data modules: what each rank needs for each optimizer step, and here from prepared token shards."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -25,16 +25,117 @@ from mamba3_train.errors import UserError
 PACKINGS = ("cut", "best_fit")
 
 
-class TokenDataModule(lightning.LightningDataModule):
+class BatchDataModule(lightning.LightningDataModule):
+    """What every source of batches shares: sizes, the resume cursor, ranks and loaders.
+
+    `setup` of a subclass sets `training`, a data set whose index is a range of positions of the endless order and whose
+    item is their batch; `_validation_batches` makes the one of validation.
+
+    Set before the loader is built:
+        samples_consumed: the resume cursor, samples consumed by all ranks so far.
+        total_steps: optimizer steps of the whole run, those already taken included.
+
+    Args:
+        sequence_length: tokens in a row.
+        global_batch_size: rows in an optimizer step, over all ranks.
+        micro_batch_size: rows in one forward pass of one rank.
+        num_workers: loader processes.
+    """
+
+    training: Dataset
+
+    def __init__(self, *, sequence_length: int, global_batch_size: int, micro_batch_size: int, num_workers: int):
+        super().__init__()
+        for key, value in (
+            ("sequence_length", sequence_length),
+            ("global_batch_size", global_batch_size),
+            ("micro_batch_size", micro_batch_size),
+        ):
+            if value < 1:
+                raise UserError(f"data.{key}={value} must be at least 1")
+        self.sequence_length = sequence_length
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.num_workers = num_workers
+        self.samples_consumed = 0
+        self.total_steps = 0
+
+    def _validation_batches(self) -> Dataset | None:
+        """This rank's micro-batches of validation; None when there is nothing to validate on."""
+        raise NotImplementedError
+
+    def check_batch_size(self, world_size: int) -> None:
+        """Refuse a global batch that ranks and micro-batches do not divide."""
+        per_pass = world_size * self.micro_batch_size
+        if self.global_batch_size % per_pass:
+            nearest = max(1, round(self.global_batch_size / per_pass)) * per_pass
+            raise UserError(
+                f"data.global_batch_size={self.global_batch_size} is not a multiple of {per_pass} = {world_size} ranks "
+                f"× data.micro_batch_size={self.micro_batch_size}; set data.global_batch_size={nearest} "
+                "or another data.micro_batch_size"
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        """Loader over the optimizer steps that remain; its length is `total_steps`, which is how Lightning counts."""
+        if self.total_steps < 1:
+            raise ValueError("set total_steps before building the training loader")
+        sampler = StepSampler(
+            samples_consumed=self.samples_consumed,
+            steps=max(0, self.total_steps - self.samples_consumed // self.global_batch_size),
+            length=self.total_steps,
+            global_batch_size=self.global_batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return self._loader(self.training, sampler)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Loader over this rank's micro-batches of validation rows; none when there is nothing to validate on."""
+        batches = self._validation_batches()
+        return [] if batches is None else self._loader(batches, sampler=None)
+
+    def _loader(self, dataset: Dataset, sampler: StepSampler | None) -> DataLoader:
+        return DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,  # an item is a whole batch already
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_trainer,
+            # Its own: a loader seeds its workers, and must not move the generator that training draws from.
+            generator=torch.Generator(),
+        )
+
+    @property
+    def rank(self) -> int:
+        """This process among all that train."""
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that train."""
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def documents(self) -> dict[str, str]:
+        """Contents by file name of what a run folder holds of the tokenizer, where there is one."""
+        return {}
+
+    def check_tokenizer(self, folder: Path) -> None:
+        """Refuse to go on with a model whose folder holds a tokenizer that gives other ids; here there is none."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that all ranks together consume in one optimizer step."""
+        return self.global_batch_size * self.sequence_length
+
+
+class TokenDataModule(BatchDataModule):
     """Training and validation batches from a prepared folder.
 
     A batch of training holds everything this rank needs for one optimizer step: `input_ids`, `labels` (int64) and
     `document_ids` (int32), each (global_batch_size / world_size, sequence_length). Batches depend only on the corpus,
     the seed and `samples_consumed`. Loaders hand them out packed, and they are unpacked on the device.
-
-    Set before the loader is built:
-        samples_consumed: the resume cursor, samples consumed by all ranks so far.
-        total_steps: optimizer steps of the whole run, those already taken included.
 
     Args:
         path: the prepared folder, or its remote address (s3://, gs://, https://, …).
@@ -80,15 +181,14 @@ class TokenDataModule(lightning.LightningDataModule):
         cache_gib: float = 64.0,
         prepare: Preparation | None = None,
     ):
-        super().__init__()
-        for key, value in (
-            ("sequence_length", sequence_length),
-            ("global_batch_size", global_batch_size),
-            ("micro_batch_size", micro_batch_size),
-            ("shuffle_shards", 1 if shuffle_shards is None else shuffle_shards),
-        ):
-            if value < 1:
-                raise UserError(f"data.{key}={value} must be at least 1")
+        super().__init__(
+            sequence_length=sequence_length,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            num_workers=num_workers,
+        )
+        if shuffle_shards is not None and shuffle_shards < 1:
+            raise UserError(f"data.shuffle_shards={shuffle_shards} must be at least 1")
         if segment_length is not None and (segment_length < 1 or sequence_length % segment_length):
             raise UserError(
                 f"data.segment_length={segment_length} does not divide data.sequence_length={sequence_length}: choose "
@@ -100,19 +200,13 @@ class TokenDataModule(lightning.LightningDataModule):
             self.files = RemoteFiles(path, ShardCache(cache_dir or default_folder(), int(cache_gib * 2**30)))
         else:
             self.files = LocalFiles(Path(path))
-        self.sequence_length = sequence_length
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
         self.seed = seed
-        self.num_workers = num_workers
         self.validation_sequences = validation_sequences
         self.expected_vocab_size = vocab_size
         self.packing = packing
         self.mixture = mixture
         self.shuffle_shards = shuffle_shards
         self.prepare = prepare
-        self.samples_consumed = 0
-        self.total_steps = 0
 
     def prepare_data(self) -> None:
         """Make the corpus if it is missing and may be made; compare it with its manifest; a remote one by sizes."""
@@ -188,19 +282,8 @@ class TokenDataModule(lightning.LightningDataModule):
                 "shuffle fewer shards at a time"
             )
 
-    def check_batch_size(self, world_size: int) -> None:
-        """Refuse a global batch that ranks and micro-batches do not divide."""
-        per_pass = world_size * self.micro_batch_size
-        if self.global_batch_size % per_pass:
-            nearest = max(1, round(self.global_batch_size / per_pass)) * per_pass
-            raise UserError(
-                f"data.global_batch_size={self.global_batch_size} is not a multiple of {per_pass} = {world_size} ranks "
-                f"× data.micro_batch_size={self.micro_batch_size}; set data.global_batch_size={nearest} "
-                "or another data.micro_batch_size"
-            )
-
     def check_tokenizer(self, folder: Path) -> None:
-        """Refuse to go on with a model whose folder holds a tokenizer that gives other ids than the corpus's."""
+        """See `BatchDataModule`."""
         other = Tokenizer.from_folder(folder)
         if other is not None and other.backend.get_vocab() != self.tokenizer.backend.get_vocab():
             raise UserError(
@@ -208,63 +291,23 @@ class TokenDataModule(lightning.LightningDataModule):
                 f"with tokenizer.file={folder / FILE_NAME}"
             )
 
-    def train_dataloader(self) -> DataLoader:
-        """Loader over the optimizer steps that remain; its length is `total_steps`, which is how Lightning counts."""
-        if self.total_steps < 1:
-            raise ValueError("set total_steps before building the training loader")
-        sampler = StepSampler(
-            samples_consumed=self.samples_consumed,
-            steps=max(0, self.total_steps - self.samples_consumed // self.global_batch_size),
-            length=self.total_steps,
-            global_batch_size=self.global_batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        return self._loader(self.training, sampler)
-
-    def val_dataloader(self) -> DataLoader | list:
-        """Loader over this rank's micro-batches of validation rows; none when there is nothing to validate on."""
+    def _validation_batches(self) -> Dataset | None:
         rows = min(self.validation_sequences, self.validation.count)
         if rows == 0:
-            return []
-        batches = ValidationBatches(self.validation, rows, self.micro_batch_size, self.rank, self.world_size)
-        return self._loader(batches, sampler=None)
-
-    def _loader(self, dataset: Dataset, sampler: StepSampler | None) -> DataLoader:
-        return DataLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=None,  # an item is a whole batch already
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=leave_signals_to_the_trainer,
-            # Its own: a loader seeds its workers, and must not move the generator that training draws from.
-            generator=torch.Generator(),
-        )
+            return None
+        return ValidationBatches(self.validation, rows, self.micro_batch_size, self.rank, self.world_size)
 
     def on_after_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict[str, torch.Tensor]:
         """Unpack a batch on the device that it has come to."""
         return unpack(batch)
 
+    def documents(self) -> dict[str, str]:
+        """See `Tokenizer.documents`."""
+        return self.tokenizer.documents()
+
     def epochs(self, samples_consumed: int) -> dict[str, float]:
         """How often each source has been read through, fractions included, after so many samples."""
         return self.training.epochs(samples_consumed)
-
-    @property
-    def rank(self) -> int:
-        """This process among all that train."""
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes that train."""
-        return self.trainer.world_size if self.trainer is not None else 1
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens that all ranks together consume in one optimizer step."""
-        return self.global_batch_size * self.sequence_length
 
     @cached_property
     def manifest(self) -> Manifest:

@@ -21,3 +21,23 @@ def plot_loss(rows: list[dict], path: Path, title: str) -> None:
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def plot_losses(runs: dict[str, list[list[dict]]], path: Path, title: str) -> None:
+    """Write a PNG of validation loss over tokens, a colour for each name, a line for each of its runs' rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for number, (name, lines) in enumerate(runs.items()):
+        for i, rows in enumerate(lines):
+            points = [(row["tokens"], row["val/loss"]) for row in rows if "val/loss" in row]
+            label = name if i == 0 else None
+            axes.plot(*zip(*points, strict=True), "o-", color=f"C{number}", label=label, markersize=3, linewidth=1.2)
+    axes.set(xlabel="tokens", ylabel="validation loss, nats a token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -95,8 +95,27 @@ def build_preemption(config: DictConfig, checkpointing, stop):
     return callbacks.Preemption(checkpointing, stop, min(limits, default=None))
 
 
+def build_evaluation(config: DictConfig) -> list:
+    """The callback that evaluates tasks while training, if any are asked for, with their data."""
+    if not config.evaluation.tasks:
+        return []
+    from mamba3_train.training.callbacks.task_evaluation import TaskEvaluation  # needs the optional package lm-eval
+
+    return [TaskEvaluation(**config.evaluation)]
+
+
 def build_trainer(
-    config: DictConfig, strategy, precision, data, cost, checkpointing, preemption, profiling, loggers, console
+    config: DictConfig,
+    strategy,
+    precision,
+    data,
+    cost,
+    checkpointing,
+    preemption,
+    profiling,
+    evaluation,
+    loggers,
+    console,
 ):
     """Lightning's Trainer with our callbacks and loggers; it does the loop and nothing of saving or showing."""
     folder, every_n_steps = Path(config.run.dir), config.trainer.log_every_n_steps
@@ -119,6 +138,8 @@ def build_trainer(
     )
     progress = callbacks.Progress(throughput, console)
     hang_detection = callbacks.HangDetection(config.trainer.watchdog_seconds, folder)
+    for callback in evaluation:
+        callback.throughput, callback.before_pass = throughput, hang_detection.on_evaluation_pass
     checkpointing.before_waiting = hang_detection.on_save_waited_for
     trainer = lightning.Trainer(
         strategy=strategy,
@@ -135,6 +156,7 @@ def build_trainer(
             norms,
             stragglers,
             stability,
+            *evaluation,
             checkpointing,
             disk_space,
             progress,

@@ -33,13 +33,19 @@ def rank() -> int:
     return int(os.environ["RANK"]) if started_by_launcher() else 0
 
 
-def start_processes(devices: int, num_nodes: int, stop: StopSignals) -> None:
+def world_size() -> int:
+    """Processes of the run, this one included."""
+    return int(os.environ["WORLD_SIZE"]) if started_by_launcher() else 1
+
+
+def start_processes(devices: int, num_nodes: int, stop: StopSignals, module: str = "mamba3_train") -> None:
     """Where several devices of this machine are asked for, run this same command once for each, and end as they end.
 
     Args:
         devices: of each node.
         num_nodes: machines.
         stop: the signals to this process, which the others are to get.
+        module: what `python -m` ran.
 
     Raises:
         UserError: several nodes, which only a launcher on each of them can start; or a launcher that started another
@@ -59,10 +65,10 @@ def start_processes(devices: int, num_nodes: int, stop: StopSignals) -> None:
             f"--nproc-per-node={devices} --rdzv-endpoint=HOST:PORT -m mamba3_train …, or srun with a task a device"
         )
     if wanted > 1:
-        sys.exit(_run_on_each(devices, stop))
+        sys.exit(_run_on_each(devices, stop, module))
 
 
-def _run_on_each(devices: int, stop: StopSignals) -> int:
+def _run_on_each(devices: int, stop: StopSignals, module: str) -> int:
     """Start one process a device and pass signals on to them; when one ends, the others end; returns the exit code.
 
     Torch's elastic agent would take a signal to itself for an order to end them within thirty seconds.
@@ -78,7 +84,7 @@ def _run_on_each(devices: int, stop: StopSignals) -> int:
         "LOCAL_WORLD_SIZE": str(devices),
     }
     common.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // devices, 1)))
-    command = [sys.executable, "-m", "mamba3_train", *sys.argv[1:]]
+    command = [sys.executable, "-m", module, *sys.argv[1:]]
     processes: list[subprocess.Popen] = []
 
     def pass_on(number: int) -> None:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from mamba3_train.errors import UserError
+from mamba3_train.evaluation.accuracy_by_length import plot_accuracy, scaled_accuracy
 from mamba3_train.evaluation.generation import generate
 from mamba3_train.evaluation.loss_curve import plot_loss
 from mamba3_train.evaluation.metrics import read_metrics
@@ -26,6 +28,7 @@ def report(
         trainer.validate(module, datamodule=data, verbose=False)
     # Every rank samples, the same: a sharded model computes on all of them or not at all.
     sample = sample_text(config, module, data.tokenizer) if config.sample_prompt else None
+    accuracy = accuracy_of_task(config, module, data) if config.accuracy_lengths else None
     if not trainer.is_global_zero:
         return
     rows = read_metrics(folder / "metrics.jsonl")
@@ -36,10 +39,15 @@ def report(
         console.print(Panel(Text(sample), title=f"the model continues {config.sample_prompt.strip()!r}"))
     plot_loss(rows, folder / "loss.png", title=f"{folder.name}: {cost.total_parameters:,} parameters")
     summary = newest | {"parameters": cost.total_parameters, "sample": sample}
+    if accuracy:
+        summary["scaled_accuracy"] = accuracy
+        plot_accuracy({folder.name: [accuracy]}, folder / "accuracy.png", folder.name, data.longest[1])
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for name, key in (("training loss", "train/loss"), ("validation loss", "val/loss")):
         if key in newest:
             console.print(f"{name:<16} {newest[key]:.4f} nats a token")
+    for length, value in (accuracy or {}).items():
+        console.print(f"length {length:<9} {value:.1%} accuracy, where 0 % is chance")
     for name, path in (
         ("loss curve", "loss.png"),
         ("checkpoints", "checkpoints"),
@@ -53,6 +61,20 @@ def is_reported(folder: Path, step: int) -> bool:
     """Whether a run that took its last step has its summary, too: it may have been stopped in between."""
     summary = folder / "summary.json"
     return summary.exists() and json.loads(summary.read_text()).get("step") == step
+
+
+def accuracy_of_task(config: DictConfig, module: LightningModule, data) -> dict[int, float]:
+    """Accuracy at the lengths asked for, the same on every rank.
+
+    Raises:
+        UserError: the data has no task.
+    """
+    if not hasattr(data, "rows"):
+        raise UserError("report.accuracy_lengths is for data with a task: choose data=parity or another, or leave it")
+    model, rows = module.model.eval(), data.rows
+    lengths, count, answers = config.accuracy_lengths, config.accuracy_documents, rows.task.answers
+    with torch.compiler.set_stance("force_eager"):
+        return scaled_accuracy(model, rows.examples, lengths, count, answers, module.device)
 
 
 def sample_text(config: DictConfig, module: LightningModule, tokenizer) -> str:

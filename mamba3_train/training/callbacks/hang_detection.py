@@ -47,6 +47,10 @@ class HangDetection(Callback):
         """Validation is over."""
         self._allow(f"going on after the validation of step {trainer.global_step}")
 
+    def on_evaluation_pass(self) -> None:
+        """A pass of an evaluation begins."""
+        self._allow("evaluating", self._patience("evaluation"))
+
     def on_save_waited_for(self) -> None:
         """Training waits for a save."""
         self._allow("waiting for a checkpoint to be written", PATIENCE)
