@@ -60,3 +60,15 @@ def test_steps():
         assert round(row["tokens_per_second"]) == int(tokens)
         assert float(mfu) == pytest.approx(100 * row["mfu"], abs=0.051)
         assert float(gib) == pytest.approx(row["peak_memory_gib"], abs=0.051)
+
+
+def test_parity():
+    recorded = json.loads((RESULTS / "parity_cpu.json").read_text())["runs"]
+    names = "|".join(run["variant"] for run in recorded)
+    row = rf"^\| ({names}) \| (\d+)" + 5 * r" \| (-?[\d.]+)" + r" \|$"
+    rows = table("docs/evaluation.md", row)
+    assert len(rows) == len(recorded) == 4
+    for run, (variant, step, *accuracies) in zip(recorded, rows, strict=True):
+        assert (run["variant"], run["steps"]) == (variant, int(step))
+        for value, shown in zip(run["scaled_accuracy"].values(), accuracies, strict=True):
+            assert float(shown) == pytest.approx(100 * value, abs=0.051)

@@ -73,7 +73,7 @@ class TaskEvaluation(Callback):
         begin = time.perf_counter()
         found = self.evaluate(trainer, module)
         self.throughput.leave_out(time.perf_counter() - begin)
-        self.throughput.log(trainer, **{f"eval/{name}": value for name, value in found.items()})
+        self.throughput.log_row(trainer, **{f"eval/{name}": value for name, value in found.items()})
 
     def evaluate(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Values by `TASK/METRIC`, the same on every rank."""

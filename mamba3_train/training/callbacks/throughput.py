@@ -77,7 +77,7 @@ class Throughput(Callback):
         waited = trainer.strategy.reduce(waited, reduce_op="max").item()
         self._last_time, self._last_step = now, step
         mfu = None if self._peak is None else rate * self.flops_per_token / (self._peak * trainer.world_size)
-        self.log(
+        self.log_row(
             trainer,
             **values,
             lr=module.optimizers().param_groups[0]["lr"],
@@ -99,14 +99,14 @@ class Throughput(Callback):
             self._last_time += time.perf_counter() - self._validation_start
             self._wait.step_ended()
         if "val/loss" in trainer.callback_metrics:
-            self.log(trainer, **{"val/loss": trainer.callback_metrics["val/loss"].item()})
+            self.log_row(trainer, **{"val/loss": trainer.callback_metrics["val/loss"].item()})
 
     def leave_out(self, seconds: float) -> None:
         """Do not count time, since the end of the step, in which something else was done."""
         self._last_time += seconds
         self._wait.step_ended()
 
-    def log(self, trainer: Trainer, **values: float | None) -> None:
+    def log_row(self, trainer: Trainer, **values: float | None) -> None:
         """A row of this step, to all loggers."""
         step = trainer.global_step
         # JSON has no number that is not finite.
