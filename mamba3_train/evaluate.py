@@ -24,9 +24,11 @@ def main(config: DictConfig) -> None:
     from mamba3_train.evaluation.results_table import paper_table, perplexity_table, task_table
     from mamba3_train.trained_model import choose_device, open_trained_model
     from mamba3_train.training import processes
+    from mamba3_train.training.stop_signals import StopSignals
 
     if not processes.started_by_launcher():
-        processes.start_processes(config.devices, num_nodes=1, module="mamba3_train.evaluate")
+        with StopSignals() as stop:
+            processes.start_processes(config.devices, 1, stop, module="mamba3_train.evaluate")
     device = choose_device(config.device)
     processes.join(device.type == "cuda")
     if device.type == "cuda" and processes.started_by_launcher():
