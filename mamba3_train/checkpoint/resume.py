@@ -42,14 +42,19 @@ def open_run_folder(config: DictConfig, documents: Mapping[str, str] = MappingPr
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in {**documents, folders.CONFIG: OmegaConf.to_yaml(config, resolve=True)}.items():
-            if (folder / name).exists() and (folder / name).read_text() == text:
-                continue
-            partial = folder / f".{name}.partial"
-            partial.write_text(text)
-            os.replace(partial, folder / name)
+            _write(folder / name, text)
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be written: {error}") from error
     return checkpoint
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file unless it says so already; it is never there in part."""
+    if path.exists() and path.read_text() == text:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def _refuse_another_run(folder: Path, before: DictConfig, now: DictConfig) -> None:
