@@ -8,7 +8,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mamba3_train.config import MISTAKES, command
-from mamba3_train.errors import UserError
 from mamba3_train.training import slurm
 from mamba3_train.training.stop_signals import StopSignals, exit_code
 
@@ -35,14 +34,12 @@ def _train(config: DictConfig, stop: StopSignals) -> int:
     from hydra.utils import instantiate
     from rich.console import Console
 
-    from mamba3_train.checkpoint import folders
-    from mamba3_train.checkpoint.resume import open_run_folder
     from mamba3_train.model.cost import model_cost
     from mamba3_train.training import assembly, processes
     from mamba3_train.training.callbacks import Preempted, Profiling
     from mamba3_train.training.hardware import choose_precision, on_gpu
     from mamba3_train.training.metrics_file import MetricsFile, validation_missing
-    from mamba3_train.training.report import is_reported
+    from mamba3_train.training.report import is_reported, report
 
     _quiet()
     console = Console(highlight=False, quiet=processes.rank() != 0)
@@ -63,14 +60,7 @@ def _train(config: DictConfig, stop: StopSignals) -> int:
     preemption = assembly.build_preemption(config, checkpointing, stop)
     processes.start_processes(config.trainer.devices, config.trainer.num_nodes, stop)
     processes.join(on_gpu(config.trainer.accelerator), config.trainer.watchdog_seconds)
-    processes.decided_by_rank_zero(data.prepare_data)
-    data.setup()
-    if start is not None:
-        data.check_tokenizer(start.folder)
-        processes.decided_by_rank_zero(start.verify)
-    checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config, data.documents()))
-    state = folders.read_state(checkpoint) if checkpoint else {"step": 0, "samples": 0}
-    step, samples = state["step"], state["samples"]
+    checkpoint, step, samples = _make_ready(config, data, start)
     if step >= max_steps and is_reported(folder, step):
         console.print(f"{folder} is complete at step {step}: see {folder}/summary.json, or raise trainer.max_steps")
         return 0
@@ -89,29 +79,35 @@ def _train(config: DictConfig, stop: StopSignals) -> int:
     )
 
     loggers = [MetricsFile(metrics, from_step=step), *([logger] if logger else [])]
-    trainer = assembly.build_trainer(
-        config, strategy, precision, data, cost, checkpointing, preemption, profiling, evaluation, loggers, console
-    )
+    watching = assembly.build_callbacks(config, data, cost, checkpointing, preemption, profiling, evaluation, console)
+    trainer = assembly.build_trainer(config, strategy, precision, watching, loggers)
     try:
         trainer.fit(module, datamodule=data)
     except Preempted as end:
         console.print(f"{end}; the same command goes on from there")
         return end.exit_code
-    _report(config, trainer, module, data, cost, console, checkpointing.failure)
+    report(config.report, folder, trainer, module, data, cost, console, checkpointing.failure)
     return 0
 
 
-def _report(config: DictConfig, trainer, module, data, cost, console, failure: str | None) -> None:
-    """Show what came of a run that is over; a checkpoint or a report that storage refused is an error after it."""
-    from mamba3_train.training.report import report
+def _make_ready(config: DictConfig, data, start) -> tuple[Path | None, int, int]:
+    """Prepare the data, check the weights to start from, open the run folder.
 
-    problems = [failure] if failure else []
-    try:
-        report(config.report, Path(config.run.dir), trainer, module, data, cost, console)
-    except OSError as error:
-        problems.append(f"the report could not be written: {error}")
-    if problems:
-        raise UserError("; ".join(problems) + ". Mend the storage and give the same command again")
+    Returns:
+        the checkpoint to go on from, if there is one, and the steps and samples that it stands for.
+    """
+    from mamba3_train.checkpoint import folders
+    from mamba3_train.checkpoint.resume import open_run_folder
+    from mamba3_train.training import processes
+
+    processes.decided_by_rank_zero(data.prepare_data)
+    data.setup()
+    if start is not None:
+        data.check_tokenizer(start.folder)
+        processes.decided_by_rank_zero(start.verify)
+    checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config, data.documents()))
+    state = folders.read_state(checkpoint) if checkpoint else {"step": 0, "samples": 0}
+    return checkpoint, state["step"], state["samples"]
 
 
 def _quiet() -> None:

@@ -104,20 +104,8 @@ def build_evaluation(config: DictConfig) -> list:
     return [TaskEvaluation(**config.evaluation)]
 
 
-def build_trainer(
-    config: DictConfig,
-    strategy,
-    precision,
-    data,
-    cost,
-    checkpointing,
-    preemption,
-    profiling,
-    evaluation,
-    loggers,
-    console,
-):
-    """Lightning's Trainer with our callbacks and loggers; it does the loop and nothing of saving or showing."""
+def build_callbacks(config: DictConfig, data, cost, checkpointing, preemption, profiling, evaluation, console) -> list:
+    """All callbacks in their order: what measures comes first, what may end the run last."""
     folder, every_n_steps = Path(config.run.dir), config.trainer.log_every_n_steps
     norms = callbacks.Norms(every_n_steps=every_n_steps, of_layers=config.trainer.log_layer_norms)
     throughput = callbacks.Throughput(
@@ -141,6 +129,12 @@ def build_trainer(
     for callback in evaluation:
         callback.throughput, callback.before_pass = throughput, hang_detection.on_evaluation_pass
     checkpointing.before_waiting = hang_detection.on_save_waited_for
+    measuring = [throughput, norms, stragglers, stability, *evaluation]
+    return [*measuring, checkpointing, disk_space, progress, preemption, *profiling, hang_detection]
+
+
+def build_trainer(config: DictConfig, strategy, precision: str, watching: list, loggers: list) -> lightning.Trainer:
+    """Lightning's Trainer with our callbacks and loggers; it does the loop and nothing of saving or showing."""
     trainer = lightning.Trainer(
         strategy=strategy,
         accelerator=config.trainer.accelerator,
@@ -150,20 +144,8 @@ def build_trainer(
         max_steps=config.trainer.max_steps,
         val_check_interval=config.validation.every_n_steps or None,
         check_val_every_n_epoch=None,
-        log_every_n_steps=every_n_steps,
-        callbacks=[
-            throughput,
-            norms,
-            stragglers,
-            stability,
-            *evaluation,
-            checkpointing,
-            disk_space,
-            progress,
-            preemption,
-            *profiling,
-            hang_detection,
-        ],
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        callbacks=watching,
         logger=loggers,
         use_distributed_sampler=False,
         enable_checkpointing=False,

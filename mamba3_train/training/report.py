@@ -20,9 +20,33 @@ from mamba3_train.model.cost import Cost
 
 
 def report(
-    config: DictConfig, folder: Path, trainer: Trainer, module: LightningModule, data, cost: Cost, console: Console
+    config: DictConfig,
+    folder: Path,
+    trainer: Trainer,
+    module: LightningModule,
+    data,
+    cost: Cost,
+    console: Console,
+    failure: str | None,
 ) -> None:
-    """Validate if the last step was not, then write summary.json and loss.png and say where everything is."""
+    """Validate if the last step was not, then write summary.json and loss.png and say where everything is.
+
+    Args:
+        failure: why the last step is not saved, if it is not.
+
+    Raises:
+        UserError: that, or storage refuses the report; the rest of it is done all the same.
+    """
+    problems = [failure] if failure else []
+    try:
+        _report(config, folder, trainer, module, data, cost, console)
+    except OSError as error:
+        problems.append(f"the report could not be written: {error}")
+    if problems:
+        raise UserError("; ".join(problems) + ". Mend the storage and give the same command again")
+
+
+def _report(config, folder, trainer, module, data, cost, console) -> None:
     rows = read_metrics(folder / "metrics.jsonl")
     if not any("val/loss" in row and row["step"] == trainer.global_step for row in rows):
         trainer.validate(module, datamodule=data, verbose=False)
