@@ -9,7 +9,7 @@ quickstart: $(INSTALLED)
 	$(VENV)/bin/python -m mamba3_train +recipe=quickstart
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

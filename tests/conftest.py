@@ -16,8 +16,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# Files that take a minute or more, the longest first: begun last, one would be waited for by itself.
+LONGEST = (
+    "test_train.py", "test_strategies.py", "test_preemption.py", "test_triton_scan.py", "test_slurm.py",
+    "test_guards.py", "test_sweep.py", "test_compare.py", "test_workers.py", "test_task_evaluation.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` and `multi_gpu` wait for a machine that has one, or two."""
+    """The longest files come first; tests marked `gpu`, `multi_gpu` wait for a machine that has one, or two."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         for mark, needed in (("gpu", 1), ("multi_gpu", 2)):
             if item.get_closest_marker(mark) and torch.cuda.device_count() < needed:

@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from mamba3_train.train import cli
 
 TWO_PROCESSES = {
     "ddp": ["strategy=ddp", "trainer.devices=2", "data.micro_batch_size=1"],
@@ -45,6 +49,28 @@ class Run:
         out, err = process.communicate(timeout=240)
         assert process.returncode == code, err
         return out, err
+
+    def refused(self, *overrides):
+        """What the command says to a mistake; in this process, because nothing is trained."""
+        err = self.here(*overrides, code=2)[1]
+        assert len(err.strip().splitlines()) == 1, err
+        return err
+
+    def here(self, *overrides, code=0):
+        """The command in this process, for what ends before training; returns output and errors."""
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            redirect_stdout(StringIO()) as out,
+            redirect_stderr(StringIO()) as err,
+        ):
+            patch.setattr(sys, "argv", ["mamba3_train", *self.command[3:], *overrides])
+            try:
+                cli()
+                ended = 0
+            except SystemExit as end:
+                ended = end.code
+        assert ended == code, err.getvalue()
+        return out.getvalue(), err.getvalue()
 
     def stop_at(self, step, number, *overrides, rank=None):
         """Send a signal once a step is logged, to a rank or to the process that was started with all that it started in
@@ -178,7 +204,7 @@ def takes(number, pid):
 
 def test_a_finished_run_is_left_alone(uninterrupted):
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.folder.rglob("*")}
-    out, _ = uninterrupted.finish()
+    out, _ = uninterrupted.here()
     assert "complete at step 24" in out
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -193,24 +219,20 @@ def test_a_finished_run_is_left_alone(uninterrupted):
 )
 def test_a_folder_of_another_run_is_refused(overrides, complaint, uninterrupted):
     before = {path: path.read_bytes() for path in uninterrupted.folder.rglob("*") if path.is_file()}
-    _, err = uninterrupted.finish(*overrides, code=2)
-    assert complaint in err
-    assert len(err.strip().splitlines()) == 1
+    assert complaint in uninterrupted.refused(*overrides)
     assert before == {path: path.read_bytes() for path in uninterrupted.folder.rglob("*") if path.is_file()}
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, quickstart_corpus):
     (tmp_path / "thesis.tex").write_text("chapter 1")
-    _, err = Run(tmp_path, quickstart_corpus).finish(code=2)
-    assert "is not empty and holds no run" in err
+    assert "is not empty and holds no run" in Run(tmp_path, quickstart_corpus).refused()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path, quickstart_corpus):
     (tmp_path / "file").write_text("in the way")
-    _, err = Run(tmp_path / "file" / "run", quickstart_corpus).finish(code=2)
-    assert "cannot be written: [Errno 20] Not a directory" in err
-    assert len(err.strip().splitlines()) == 1
+    error = Run(tmp_path / "file" / "run", quickstart_corpus).refused()
+    assert "cannot be written: [Errno 20] Not a directory" in error
 
 
 def test_a_corrupt_or_missing_corpus_is_named_before_anything_is_written(tmp_path, quickstart_corpus):
@@ -221,12 +243,9 @@ def test_a_corrupt_or_missing_corpus_is_named_before_anything_is_written(tmp_pat
     content[100] ^= 1
     shard.write_bytes(content)
     run = Run(tmp_path / "run", corpus)
-    _, err = run.finish(code=2)
-    assert shard.name in err
-    assert len(err.strip().splitlines()) == 1
+    assert shard.name in run.refused()
     shutil.rmtree(corpus)
-    _, err = run.finish(code=2)
-    assert f"no prepared corpus at data.path={corpus}" in err
+    assert f"no prepared corpus at data.path={corpus}" in run.refused()
     assert not run.folder.exists()
 
 
@@ -290,24 +309,23 @@ def test_two_processes_train_as_one_does(uninterrupted_pair, uninterrupted):
     assert first["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-4)
 
 
-def test_two_processes_stopped_twice_go_on_as_if_nothing_had_happened(tmp_path, quickstart_corpus, uninterrupted_pair):
-    """First one of them is killed, then the process that started them is asked to stop."""
+def test_two_processes_of_which_one_is_killed_go_on_as_if_nothing_had_happened(
+    tmp_path, quickstart_corpus, uninterrupted_pair
+):
+    """Asked to stop, by every signal: tests/training/test_preemption.py, and below."""
     run = Run(tmp_path / "run", quickstart_corpus)
     _, code = run.stop_at(7, signal.SIGKILL, *TWO_PROCESSES["fsdp"], rank=1)
     assert code not in (0, 85)
-    out, code = run.stop_at(13, signal.SIGUSR2, *TWO_PROCESSES["fsdp"])
-    assert code == 85
-    assert out.count("the same command goes on from there") == 1
     run.finish(*TWO_PROCESSES["fsdp"])
     assert_same(run, uninterrupted_pair)
 
 
 def test_a_run_goes_on_on_another_number_of_devices(tmp_path, quickstart_corpus, uninterrupted):
-    """Stopped by a signal to one rank. Every strategy after every other: tests/training/test_strategies.py."""
+    """Stopped by a signal to their launcher. Every strategy after every other: tests/training/test_strategies.py."""
     run = Run(tmp_path / "run", quickstart_corpus)
-    out, code = run.stop_at(7, signal.SIGTERM, *TWO_PROCESSES["ddp"], rank=1)
+    out, code = run.stop_at(7, signal.SIGUSR2, *TWO_PROCESSES["ddp"])
     assert code == 85
-    assert "the same command goes on from there" in out
+    assert out.count("the same command goes on from there") == 1
     out, _ = run.finish()
     assert "resuming" in out
     for row, expected in zip(run.losses(), uninterrupted.losses(), strict=True):

@@ -28,14 +28,18 @@ PHASES = {
 }  # fmt: skip
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2")
 TARGETS = {"rank 0": (0,), "rank 1": (1,), "all ranks": (0, 1)}
-# Every phase with every target; over three phases, or three targets, every signal.
+# Every phase with every target, the ends with one; over three phases, or three targets, every signal.
 MATRIX = [
     (phase, SIGNALS[(i + j) % 3], target, "fsdp" if phase == "validation" else "ddp")
     for i, phase in enumerate(PHASES)
     for j, target in enumerate(TARGETS)
-    if phase not in ("step", "time limit")
+    if phase not in ("step", "last step", "time limit")
 ]
-MATRIX += [("step", "SIGINT", "all ranks", "ddp"), ("time limit", "SIGTERM", "rank 0", "ddp")]
+MATRIX += [
+    ("step", "SIGINT", "all ranks", "ddp"),
+    ("last step", "SIGUSR1", "rank 1", "ddp"),
+    ("time limit", "SIGTERM", "rank 0", "ddp"),
+]
 
 
 def name_of(phase: str, number: str, target: str, strategy: str) -> str:

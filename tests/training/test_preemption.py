@@ -74,7 +74,10 @@ with StopSignals() as stop:
 def alone(*lines, nohup=False):
     """Run some lines with `stop` in a process of their own; returns exit code and output."""
     command = [sys.executable, "-c", ALONE + "".join(f"    {line}\n" for line in lines) + "print('whole')"]
-    done = subprocess.run(["nohup", *command] if nohup else command, capture_output=True, text=True, timeout=60)
+    # Whoever started these tests may ignore it.
+    hangup = None if nohup else lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    command = ["nohup", *command] if nohup else command
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=hangup)
     return done.returncode, done.stdout
 
 
