@@ -61,13 +61,14 @@ def test_a_count_that_includes_the_padding_is_the_same_vocabulary(tmp_path):
 
 
 def test_what_only_new_models_need_may_differ(tmp_path):
-    folder = write_run(tmp_path, make_model(make_config()))
+    before = make_model(make_config())
     other = make_config(
         layer_pattern="MM",
         mixer=MixerConfig(d_state=8, head_dim=8, rank=2, dt_max=0.2),
         attention=AttentionConfig(n_heads=4),  # of which it has none
     )
-    StartingWeights(folder, other)
+    model = begun(StartingWeights(write_run(tmp_path, before), other), other)
+    assert torch.equal(model.embedding.weight, before.embedding.weight)
 
 
 @pytest.mark.parametrize(
