@@ -92,7 +92,7 @@ def train(folder: Path, corpus: Path, *settings: str, faults=None, at_batch=lamb
     from mamba3_train.training import report
     from mamba3_train.training.lightning_module import PretrainingModule
 
-    report.report = lambda *_: None  # what is shown at the end is tested elsewhere
+    report._report = lambda *_: None  # what is shown at the end is tested elsewhere
     history = []
     originals = PretrainingModule.training_step, PretrainingModule._loss_sum
     inject(PretrainingModule, faults or {}, history, at_batch)
