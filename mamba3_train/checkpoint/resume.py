@@ -42,13 +42,13 @@ def open_run_folder(config: DictConfig, documents: Mapping[str, str] = MappingPr
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in {**documents, folders.CONFIG: OmegaConf.to_yaml(config, resolve=True)}.items():
-            _write(folder / name, text)
+            write_whole(folder / name, text)
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be written: {error}") from error
     return checkpoint
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file unless it says so already; it is never there in part."""
     if path.exists() and path.read_text() == text:
         return

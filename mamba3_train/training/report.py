@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from mamba3_train.checkpoint.resume import write_whole
 from mamba3_train.errors import UserError
 from mamba3_train.evaluation.accuracy_by_length import plot_accuracy, scaled_accuracy
 from mamba3_train.evaluation.generation import generate
@@ -66,7 +67,7 @@ def _report(config, folder, trainer, module, data, cost, console) -> None:
     if accuracy:
         summary["scaled_accuracy"] = accuracy
         plot_accuracy({folder.name: [accuracy]}, folder / "accuracy.png", folder.name, data.longest[1])
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     for name, key in (("training loss", "train/loss"), ("validation loss", "val/loss")):
         if key in newest:
             console.print(f"{name:<16} {newest[key]:.4f} nats a token")
