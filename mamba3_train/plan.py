@@ -24,7 +24,7 @@ GPUS = {
 # What the caching allocator and the CUDA context take beside the tensors, at least.
 MARGIN = 0.06
 # Measured on one H200 with the 1.5B recipes, docs/performance.md: share of the peak by the mixer's rank.
-MEASURED_MFU = {1: 0.403, 4: 0.240}
+MEASURED_MFU = {1: 0.421, 4: 0.286}
 
 
 @command("plan")
@@ -85,7 +85,7 @@ def memory_table(config: DictConfig, model: Mamba3Config, cost: Cost) -> Table:
     """Peak memory of a GPU by strategy, and whether it fits."""
     limit, _ = GPUS[config.gpu]
     recompute = config.trainer.activation_checkpointing
-    columns = ("parameters", "moments", "gradients", "casts", "activations", "head")
+    columns = ("parameters", "moments", "gradients", "casts", "activations", "head", "backward")
     title = f"GiB on each of {config.gpus} {config.gpu.upper()}, micro-batches of {micro_batch_size(config)} rows"
     table = _table(title, "strategy", *columns, "peak", "")
     for strategy in SHARDED:
@@ -100,7 +100,11 @@ def memory_table(config: DictConfig, model: Mamba3Config, cost: Cost) -> Table:
         if choice != recompute:
             saved = memory_of(config, model, cost, "single", choice).activations / GIB
             lighter.append(f"activations {saved:,.1f} with trainer.activation_checkpointing={choice}")
-    table.caption = f"of {limit:,.0f} GiB; peak: where the forward or the backward pass ends; {', '.join(lighter)}"
+    table.caption = (
+        f"of {limit:,.0f} GiB, layers compiled; peak: beside what layers keep the larger of head, where the forward "
+        f"pass ends, and backward, of one layer; gradients then only of earlier micro-batches, or place kept for them; "
+        f"{', '.join(lighter)}"
+    )
     return table
 
 
@@ -108,14 +112,16 @@ def memory_of(config: DictConfig, model: Mamba3Config, cost: Cost, strategy: str
     """Memory of a step under a strategy on the GPUs asked for."""
     shards = min(config.gpus, config.gpus_per_node) if strategy == "hsdp" else config.gpus
     rows = micro_batch_size(config)
+    length = config.data.get("segment_length") or config.data.sequence_length
     return step_memory(
         model,
         cost,
-        tokens=rows * config.data.sequence_length,
+        rows=rows,
+        length=length,
         strategy=strategy,
         shards=shards,
         recompute=recompute,
-        micro_batches=config.data.global_batch_size // config.gpus // rows,
+        passes=config.data.global_batch_size // config.gpus // rows * -(-config.data.sequence_length // length),
     )
 
 

@@ -1,14 +1,20 @@
 """The plan: its command, and its memory against what was measured."""
 
+import functools
+import json
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.utils import instantiate
+from rich.console import Console
 
 from mamba3_train import plan
 from mamba3_train.config import compose
+from mamba3_train.errors import UserError
 from mamba3_train.model.cost import model_cost
-from mamba3_train.model.memory import SHARDED, step_memory
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
 @pytest.fixture
@@ -26,34 +32,41 @@ def run(monkeypatch, capfd):
     return call
 
 
-# Peak memory of benchmark_step on one H200, compiled layers, head and loss in one (docs/results, docs/performance.md).
-@pytest.mark.parametrize(("recipe", "rows", "measured"), [("1.5b_siso", 8, 55.9), ("440m_siso", 16, 42.1)])
-def test_memory_is_within_a_tenth_of_what_was_measured(recipe, rows, measured):
-    config = compose(f"+recipe={recipe}", "data.path=x", "data.vocab_size=128256")
+@functools.cache
+def composed(recipe):
+    return compose(f"+recipe={recipe}", "data.path=x", "data.vocab_size=128256", config_name="plan")
+
+
+def recorded_peaks():
+    """Recorded steps on H200s, but for those from before head and loss became one."""
+    steps = json.loads((RESULTS / "step_1.5b_h200.json").read_text())
+    steps = [row for row in steps if row["commit"] not in ("c9a6da5", "6be966f")]
+    steps += json.loads((RESULTS / "peak_memory_h200.json").read_text())
+    steps += json.loads((RESULTS / "scaling_440m_siso_2xh200.json").read_text()).values()
+    return [pytest.param(row, id=f"{number}-{row['recipe']}") for number, row in enumerate(steps)]
+
+
+@pytest.mark.parametrize("row", recorded_peaks())
+def test_memory_is_what_was_measured(row):
+    given = dict(word.split("=", 1) for word in row["command"].split() if "=" in word)
+    config = composed(row["recipe"]).copy()
+    config.gpus = int(given.get("trainer.devices", 1))
+    for key in ("global_batch_size", "micro_batch_size"):
+        config.data[key] = int(given[f"data.{key}"])
     model = instantiate(config.model)
-    memory = step_memory(model, model_cost(model, 2048), tokens=rows * 2048, strategy="single", shards=1)
-    assert memory.peak / 2**30 == pytest.approx(measured, rel=0.1)
+    cost = model_cost(model, config.data.sequence_length)
+    memory = plan.memory_of(config, model, cost, given.get("strategy", "single"), "none")
+    # Not counted on two GPUs: under DDP torch.compile cuts a layer in two, and what crosses the cut is saved as well;
+    # FSDP gathered each layer in two groups when it was measured.
+    tolerance = 0.03 if config.gpus == 1 else 0.05
+    assert memory.peak / 2**30 == pytest.approx(row["peak_memory_gib"], rel=tolerance)
 
 
-def test_what_is_in_shards_is_divided():
-    config = compose("+recipe=1.5b_siso", "data.path=x", "data.vocab_size=128256")
-    model = instantiate(config.model)
-    cost = model_cost(model, 2048)
-
-    def memory(strategy, shards, **kwargs):
-        return step_memory(model, cost, tokens=2048, strategy=strategy, shards=shards, **kwargs)
-
-    whole = memory("ddp", 8)
-    assert whole.parameters == whole.gradients == 4 * cost.total_parameters
-    assert whole.moments == 8 * cost.total_parameters
-    for strategy in SHARDED:
-        assert memory(strategy, 1).moments == whole.moments
-    assert memory("deepspeed_zero1", 8).moments == memory("fsdp", 8).moments == whole.moments / 8
-    assert memory("fsdp", 64).peak < memory("fsdp", 8).peak < whole.peak
-    accumulated = memory("ddp", 8, micro_batches=2)
-    assert accumulated.peak == whole.peak + whole.gradients
-    saved = [memory("ddp", 8, recompute=choice).activations for choice in ("none", "selective", "full")]
-    assert saved == sorted(saved, reverse=True)
+def test_the_speed_shipped_is_the_last_that_was_measured():
+    steps = json.loads((RESULTS / "step_1.5b_h200.json").read_text())
+    last = {row["recipe"]: row["mfu"] for row in steps}
+    measured = {1: round(last["1.5b_siso"], 3), 4: round(last["1.5b_mimo"], 3)}
+    assert measured == plan.MEASURED_MFU
 
 
 def test_the_command(run):
@@ -67,25 +80,39 @@ def test_the_command(run):
     assert "+recipe=1.5b_mimo strategy=hsdp trainer.devices=8 data.micro_batch_size=4 trainer.num_nodes=8" in command
 
 
-def test_the_speed_follows_from_the_mfu(run):
-    _, out, _ = run("+recipe=1.5b_siso", "gpus=8", "mfu=0.5")
-    config = compose("+recipe=1.5b_siso")
-    flops = model_cost(instantiate(config.model), 2048).training_flops_per_token
-    assert f"{8 * 989e12 * 0.5 / flops:,.0f}" in out
+def test_the_speed_follows_from_the_mfu(capfd):
+    config = composed("1.5b_siso").copy()
+    config.gpus, config.mfu = 8, 0.5
+    model = instantiate(config.model)
+    cost = model_cost(model, 2048)
+    Console().print(plan.speed(config, model, cost))
+    assert f"{8 * 989e12 * 0.5 / cost.training_flops_per_token:,.0f}" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("key", "value", "complaint"),
     [
-        (["gpu=h300"], "gpu=h300 is not known: choose one of"),
-        (["gpus=0"], "gpus=0 must be at least 1"),
-        (["gpus=12"], "gpus=12 is not a multiple of gpus_per_node=8"),
-        (["gpus=24"], "data.global_batch_size=256 is not a multiple of gpus=24"),
-        (["gpuss=8"], "unknown key gpuss. Did you mean gpus"),
+        ("gpu", "h300", "gpu=h300 is not known: choose one of"),
+        ("gpus", 0, "gpus=0 must be at least 1"),
+        ("gpus", 12, "gpus=12 is not a multiple of gpus_per_node=8"),
     ],
 )
-def test_mistakes_get_one_line(arguments, complaint, run):
-    code, _, errors = run("+recipe=1.5b_siso", *arguments)
+def test_gpus_that_do_not_fit_are_refused(key, value, complaint):
+    config = composed("1.5b_siso").copy()
+    config[key] = value
+    with pytest.raises(UserError, match=complaint):
+        plan.check(config)
+
+
+@pytest.mark.parametrize(
+    ("argument", "complaint"),
+    [
+        ("gpus=24", "data.global_batch_size=256 is not a multiple of gpus=24"),
+        ("gpuss=8", "unknown key gpuss. Did you mean gpus"),
+    ],
+)
+def test_mistakes_get_one_line(argument, complaint, run):
+    code, _, errors = run("+recipe=1.5b_siso", argument)
     assert code == 2
     assert len(errors.strip().splitlines()) == 1
     assert complaint in errors

@@ -249,7 +249,7 @@ def _permute_state(name: str, tensor: Tensor, mixer: Mamba3Mixer, index: Tensor)
         return tensor[..., index]
     if name != "in_proj.weight":
         return tensor
-    widths = mixer.in_proj_widths()
+    widths = mixer.config.in_proj_widths(mixer.d_model)
     check_shape(name, tensor.shape, mixer.in_proj.weight.shape)
     parts = dict(zip(widths, tensor.split(list(widths.values())), strict=True))
     for part in ("B", "C"):

@@ -68,6 +68,21 @@ class MixerConfig:
         """H, the number of heads at this model width."""
         return self.expand * d_model // self.head_dim
 
+    def in_proj_widths(self, d_model: int) -> dict[str, int]:
+        """Columns of the input projection at this model width, in order."""
+        heads = self.heads(d_model)
+        inner, shared = heads * self.head_dim, self.rank * self.groups * self.d_state
+        return {
+            "z": inner,
+            "x": inner,
+            "B": shared,
+            "C": shared,
+            "dt": heads,
+            "A": heads,
+            "trap": heads if self.trapezoid else 0,
+            "angles": self.rotated_pairs if self.rotation == "data_dependent" else 0,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:

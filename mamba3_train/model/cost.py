@@ -116,10 +116,8 @@ def _mixer_parameters(config: Mamba3Config) -> tuple[int, int]:
     """Parameters of one Mamba-3 mixer: in matrices, and in everything else."""
     mixer, d_model = config.mixer, config.d_model
     heads = mixer.heads(d_model)
-    inner, shared = heads * mixer.head_dim, mixer.rank * mixer.groups * mixer.d_state
-    scalars = heads * (3 if mixer.trapezoid else 2)
-    angles = mixer.rotated_pairs if mixer.rotation == "data_dependent" else 0
-    matrices = d_model * (2 * inner + 2 * shared + scalars + angles) + inner * d_model
+    inner = heads * mixer.head_dim
+    matrices = d_model * sum(mixer.in_proj_widths(d_model).values()) + inner * d_model
     vectors = 2 * mixer.d_state + 2 * heads + (mixer.B_bias + mixer.C_bias) * heads * mixer.rank * mixer.d_state
     if mixer.rank > 1:
         vectors += 3 * heads * mixer.rank * mixer.head_dim

@@ -1,15 +1,16 @@
 """What a training step keeps in a GPU's memory, from the model's config alone, in bytes.
 
-Counted for bf16-mixed: float32 parameters, gradients and AdamW moments; the bfloat16 copies of matrices that autocast
-makes; what every layer saves for its backward pass; a block of the head's logits. The peak is where the forward pass
-ends, all activations there and no gradients yet, or where the backward pass ends.
+Counted for bf16-mixed and compiled layers: float32 parameters, gradients and AdamW moments; the bfloat16 copies of
+matrices that autocast makes; what every layer saves for its backward pass; what the head with its loss, and one layer's
+backward pass, need for themselves. AdamW is fused and clipping works in place: the optimizer's step needs no more.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mamba3_train.errors import UserError
 from mamba3_train.kernels import linear_cross_entropy
-from mamba3_train.model.config import Mamba3Config
+from mamba3_train.model.config import Mamba3Config, MixerConfig
 from mamba3_train.model.cost import Cost
 
 SHARDED = {
@@ -27,68 +28,104 @@ class Memory:
     parameters: float
     """Float32, with DeepSpeed's second copy of them, and whatever shards are gathered at a time."""
     gradients: float
+    """Where the backward pass ends."""
     moments: float
+    earlier_gradients: float
+    """Of earlier passes of the step, there during the last one, or the place that is kept for them."""
     casts: float
-    """Matrices in bfloat16, kept from forward to backward."""
+    """The layers' matrices in bfloat16, kept from forward to backward."""
     activations: float
+    """What the layers save."""
     head: float
-    """A block of logits and the head's gradient, which is there when the forward pass ends."""
-    accumulates: bool
-    """Whether there are gradients of earlier micro-batches in the forward pass."""
+    """In the forward pass: hidden states, logits, the weight in bfloat16, and all their gradients."""
+    backward: float
+    """In a layer's backward pass: the head's gradient, what is computed again, and the scan's workspace."""
 
     @property
     def peak(self) -> float:
-        """The larger of the two: the end of the (last) forward pass, and the end of the backward pass."""
-        forward = self.casts + self.activations + self.head + (self.gradients if self.accumulates else 0)
-        return self.parameters + self.moments + max(forward, self.gradients)
+        """The largest of three: in the head, in the last layer's backward pass, where the backward pass ends.
+
+        Of a step's last pass; until the last layer's backward pass nothing that layers saved is freed.
+        """
+        between = self.earlier_gradients + self.casts + self.activations + max(self.head, self.backward)
+        return self.parameters + self.moments + max(between, self.gradients)
+
+
+class Saved(NamedTuple):
+    """Bytes a token that one layer keeps for its backward pass, besides its input."""
+
+    expensive: float
+    """Results of matrix products, scan and attention: all that `selective` keeps."""
+    cheap: float
+    """Everything else."""
 
 
 def step_memory(
     config: Mamba3Config,
     cost: Cost,
     *,
-    tokens: int,
+    rows: int,
+    length: int,
     strategy: str,
     shards: int,
     recompute: str = "none",
-    micro_batches: int = 1,
+    passes: int = 1,
 ) -> Memory:
     """Memory of a step.
 
     Args:
         cost: of the same config, for its parameters.
-        tokens: of one micro-batch.
+        rows: of one micro-batch.
+        length: tokens of each row in one pass, a segment's where rows are cut into segments.
         strategy: a name of SHARDED.
         shards: devices that share one copy of the model.
         recompute: `none`, `selective` or `full`.
-        micro_batches: of one step on one GPU.
+        passes: forward and backward passes of one step on one GPU: micro-batches, times segments.
 
     Raises:
         UserError: an unknown strategy.
     """
     if strategy not in SHARDED:
         raise UserError(f"strategy={strategy} is not one that a plan knows: {', '.join(SHARDED)}")
-    total = cost.total_parameters
+    tokens, layer = rows * length, _layer_parameters(config, cost)
+    saved, again = _layers_save(config, length, recompute)
+    # Layers that recompute cast again, too, and stage 3 gathers matrices in bfloat16 each time.
+    keeps_casts = recompute == "none" and strategy != "deepspeed_zero3"
+    backward = 4 * config.padded_vocab_size * config.d_model
+    backward += tokens * (4 * config.d_model + again + scan_workspace(config))
+    return Memory(
+        **_states(config, cost, strategy, shards, passes),
+        casts=2 * layer * config.n_layers if keeps_casts else 0,
+        activations=tokens * saved,
+        head=_head(config, tokens),
+        backward=backward + (0 if recompute == "none" else 2 * layer),
+    )
+
+
+def _states(config: Mamba3Config, cost: Cost, strategy: str, shards: int, passes: int) -> dict[str, float]:
+    """What there is of every parameter, in shards or whole: the first parts of `Memory`."""
+    total, layer = cost.total_parameters, _layer_parameters(config, cost)
+    embedding = total - config.n_layers * layer
     part = {
         name: total / shards if name in SHARDED[strategy] else total for name in ("parameters", "gradients", "moments")
     }
     parameters = 4 * part["parameters"]
-    embedding, layer = cost.parameters["embedding"] + cost.parameters["lm_head"], _layer_parameters(config, cost)
     if "parameters" in SHARDED[strategy] and shards > 1:
         # The root stays gathered, and two layers at a time, the next on its way while one computes.
         parameters += 4 * (embedding + 2 * layer)
     if strategy.startswith("deepspeed") and shards > 1:
         parameters += 4 * total / shards
-    gathered = embedding if "parameters" in SHARDED[strategy] else total
-    return Memory(
-        parameters=parameters,
-        gradients=4 * part["gradients"] + (4 * (embedding + layer) if "gradients" in SHARDED[strategy] else 0),
-        moments=8 * part["moments"],
-        casts=2 * gathered,
-        activations=tokens * _saved_per_token(config, recompute),
-        head=2 * min(tokens, linear_cross_entropy.ROWS) * config.padded_vocab_size + 4 * embedding,
-        accumulates=micro_batches > 1,
-    )
+    gradients = 4 * part["gradients"] + (4 * (embedding + layer) if "gradients" in SHARDED[strategy] else 0)
+    if strategy in ("fsdp", "hsdp") and passes > 1:
+        gradients = 4 * total  # FSDP2 keeps them whole until the last pass, when they are exchanged
+    # DDP's gradients are views of buckets, which stay when the gradients are forgotten.
+    have_place = passes > 1 or (strategy == "ddp" and shards > 1)
+    return {
+        "parameters": parameters,
+        "gradients": gradients,
+        "moments": 8 * part["moments"],
+        "earlier_gradients": gradients if have_place else 0,
+    }
 
 
 def _layer_parameters(config: Mamba3Config, cost: Cost) -> float:
@@ -96,35 +133,73 @@ def _layer_parameters(config: Mamba3Config, cost: Cost) -> float:
     return (cost.total_parameters - outside) / config.n_layers
 
 
-def _saved_per_token(config: Mamba3Config, recompute: str) -> float:
-    """Bytes a token that all layers keep for the backward pass, and the head."""
-    residual = 4 * config.d_model
-    layers = 0.0
-    widest = 0.0
-    for kind in config.layers:
-        whole = _mamba_saves(config, recompute) if kind == "M" else _attention_saves(config, recompute)
-        mlp = 2 * (2 * config.d_mlp + (config.d_mlp if recompute == "none" else 0)) if config.d_mlp else 0
-        # Around each half: the residual stream before it, and its norm in bfloat16.
-        around = (2 if config.d_mlp else 1) * (residual + 2 * config.d_model if recompute == "none" else 0)
-        everything = whole + mlp + around
-        widest = max(widest, everything)
-        layers += everything if recompute == "none" else residual + (everything if recompute == "selective" else 0)
-    # Recomputing everything needs one layer's worth besides.
-    return layers + (widest if recompute == "full" else 0) + residual + 2 * config.d_model
+def _head(config: Mamba3Config, tokens: int) -> float:
+    """`linear_cross_entropy` in its forward pass, where it computes its gradients as well."""
+    vocabulary, rows = config.padded_vocab_size, linear_cross_entropy.ROWS
+    weight = vocabulary * config.d_model
+    # A block of logits is there until the next one is, or beside its share of the weight's gradient in float32.
+    logits = max(2 * vocabulary * min(tokens, 2 * rows), 2 * vocabulary * min(tokens, rows) + 4 * weight)
+    # The residual stream and its norm in float32, that in bfloat16, and its gradient.
+    hidden = tokens * (4 + 4 + 2 + 2) * config.d_model
+    return 2 * weight + 4 * weight + logits + hidden
 
 
-def _mamba_saves(config: Mamba3Config, recompute: str) -> float:
+def _layers_save(config: Mamba3Config, length: int, recompute: str) -> tuple[float, float]:
+    """Bytes a token that all layers keep for the backward pass, and that one of them computes again in it, at most."""
+    by_kind = {kind: layer_saves(config, kind, length) for kind in set(config.layers)}
+    kept = {
+        kind: {"none": sum(saved), "selective": saved.expensive, "full": 0}[recompute]
+        for kind, saved in by_kind.items()
+    }
+    again = max(sum(saved) - kept[kind] for kind, saved in by_kind.items())
+    return sum(4 * config.d_model + kept[kind] for kind in config.layers), again
+
+
+def layer_saves(config: Mamba3Config, kind: str, length: int) -> Saved:
+    """What a compiled layer saves, as PyTorch's partitioner chooses it, but for the norms' one number a row."""
+    expensive, cheap = _mamba_saves(config) if kind == "M" else _attention_saves(config, length)
+    cheap += 2 * config.d_model  # the norm's result
+    if config.d_mlp:
+        expensive += 2 * config.d_model + 2 * 2 * config.d_mlp  # results of the mixer and of fc1
+        cheap += 2 * config.d_model + 2 * config.d_mlp  # of the norm between them, and of the gate
+    return Saved(expensive, cheap)
+
+
+def _mamba_saves(config: Mamba3Config) -> Saved:
     mixer = config.mixer
-    heads = mixer.heads(config.d_model)
-    inner, shared = heads * mixer.head_dim, mixer.rank * mixer.groups * mixer.d_state
-    inputs = 2 * (2 * inner + 2 * shared) + 4 * 4 * heads  # x, z, B, C; dt, A, trap and what they came from
-    scan = 3 * 4 * heads + 2 * heads * mixer.rotated_pairs + 2 * inner  # scales, phases, result
+    heads, shared = mixer.heads(config.d_model), mixer.rank * mixer.groups * mixer.d_state
+    inner = heads * mixer.head_dim
+    projected = 2 * sum(mixer.in_proj_widths(config.d_model).values())  # x, z, trap and angles are read in it
+    scales = 3 * 4 * heads + 2 * heads * mixer.rotated_pairs
     kept_y = 2 * inner if mixer.rank == 1 and not mixer.output_norm else 0
-    normed = 2 * 2 * shared if recompute == "none" else 2 * config.d_model
-    return inputs + scan + kept_y + normed
+    # Cheap: B and C behind their norm; dt and A, in float32.
+    return Saved(projected + scales + 2 * inner + kept_y, 2 * 2 * shared + 2 * 4 * heads)
 
 
-def _attention_saves(config: Mamba3Config, recompute: str) -> float:
+def _attention_saves(config: Mamba3Config, length: int) -> Saved:
     attention = config.attention
     heads = 2 * attention.n_heads + 2 * attention.n_kv_heads  # q, result, k, v
-    return 2 * heads * attention.head_dim + 4 * attention.n_heads + (0 if recompute == "none" else 2 * config.d_model)
+    rotated = 2 * (2 * attention.n_heads + attention.n_kv_heads) * attention.head_dim if attention.rotary else 0
+    # Cheap: q and k turned and, because they lie by head then, the result by token; the mask of documents.
+    return Saved(2 * heads * attention.head_dim + 4 * attention.n_heads, rotated + 2 * length)
+
+
+def scan_workspace(config: Mamba3Config) -> float:
+    """Bytes a token of the Triton scan's backward: gradients of its inputs, and what one pass of heads needs."""
+    if "M" not in config.layers:
+        return 0
+    mixer = config.mixer
+    heads, rank, width = mixer.heads(config.d_model), mixer.rank, mixer.head_dim
+    chunk, heads_here = scan_passes(mixer)
+    # States before a chunk, their gradients there and at its end; the gradients of y and of the phases.
+    a_head = 3 * 2 * width * mixer.d_state / chunk + 2 * rank * width + 4 * mixer.rotated_pairs
+    inputs = 2 * 2 * heads * width + 2 * 4 * rank * mixer.groups * mixer.d_state  # of x and z, B and C
+    # The biases' by blocks of 32 tokens, the rank weights' by chunks.
+    weights = 4 * heads * rank * (2 * mixer.d_state / 32 + (3 * width / chunk if rank > 1 else 0))
+    return min(heads, heads_here) * a_head + inputs + weights
+
+
+def scan_passes(mixer: MixerConfig) -> tuple[int, int]:
+    """Tokens of a chunk and heads of a backward pass, as `kernels.launch.choose`, which Triton must be there for."""
+    rows, heads = (64, 32) if mixer.d_state * mixer.head_dim <= 128 * 64 else (32, 8)
+    return rows // mixer.rank, max(1, heads // max(1, mixer.rank // 2))

@@ -23,7 +23,7 @@ class Mamba3Mixer(nn.Module):
         self.d_model, self.config, self.norm_eps, self.kernels = d_model, config, norm_eps, kernels
         self.heads = config.heads(d_model)
         heads, rank, d_state, head_dim = self.heads, config.rank, config.d_state, config.head_dim
-        self.in_proj = nn.Linear(d_model, sum(self.in_proj_widths().values()), bias=False)
+        self.in_proj = nn.Linear(d_model, sum(config.in_proj_widths(d_model).values()), bias=False)
         self.B_norm = nn.RMSNorm(d_state, eps=norm_eps)
         self.C_norm = nn.RMSNorm(d_state, eps=norm_eps)
         self.dt_bias = nn.Parameter(torch.empty(heads))
@@ -35,22 +35,6 @@ class Mamba3Mixer(nn.Module):
         self.mimo_o = _parameter(rank > 1, heads, rank, head_dim)
         self.norm_weight = _parameter(config.output_norm, heads, head_dim)
         self.out_proj = nn.Linear(heads * head_dim, d_model, bias=False)
-
-    def in_proj_widths(self) -> dict[str, int]:
-        """Columns of the input projection, in order."""
-        config, heads = self.config, self.heads
-        inner, shared = heads * config.head_dim, config.rank * config.groups * config.d_state
-        data_dependent = config.rotation == "data_dependent"
-        return {
-            "z": inner,
-            "x": inner,
-            "B": shared,
-            "C": shared,
-            "dt": heads,
-            "A": heads,
-            "trap": heads if config.trapezoid else 0,
-            "angles": config.rotated_pairs if data_dependent else 0,
-        }
 
     def forward(
         self,
@@ -83,7 +67,8 @@ class Mamba3Mixer(nn.Module):
     def _scan_arguments(self, u: Tensor) -> tuple[tuple[Tensor | None, ...], dict]:
         """What the scan and the step take, by position and by name."""
         config = self.config
-        z, x, B, C, dt, A, trap, angles = self.in_proj(u).split(list(self.in_proj_widths().values()), dim=-1)
+        widths = list(config.in_proj_widths(self.d_model).values())
+        z, x, B, C, dt, A, trap, angles = self.in_proj(u).split(widths, dim=-1)
         z, x = (v.unflatten(-1, (self.heads, config.head_dim)) for v in (z, x))
         B, C = (v.unflatten(-1, (config.rank, config.groups, config.d_state)) for v in (B, C))
         # Step sizes and decays stay in the parameters' own precision whatever autocast does to the projection.

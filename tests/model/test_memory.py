@@ -1,0 +1,141 @@
+"""What a step keeps in memory: what layers save, against PyTorch's own choice, and how it is shared out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba3_train.kernels import launch
+from mamba3_train.model.config import AttentionConfig, Mamba3Config, MixerConfig
+from mamba3_train.model.cost import model_cost
+from mamba3_train.model.language_model import Block
+from mamba3_train.model.memory import SHARDED, layer_saves, scan_passes, scan_workspace, step_memory
+
+ROWS, LENGTH = 2, 256
+MATRICES = ("proj.weight", "fc1.weight", "fc2.weight")
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+def small():
+    attention = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=32, rotary=True)
+    return Mamba3Config(vocab_size=1024, d_model=128, d_mlp=320, n_layers=4, attention=attention)
+
+
+def memory(config, strategy="single", shards=1, rows=ROWS, **options):
+    cost = model_cost(config, LENGTH)
+    return step_memory(config, cost, rows=rows, length=LENGTH, strategy=strategy, shards=shards, **options)
+
+
+class Partitioned(Exception):
+    """The compiler has got as far as the test needs."""
+
+
+def saved_tensors(layer, monkeypatch):
+    """(size, dtype) of all that the compiler would save for a layer's backward pass, parameters and input left out."""
+    from functorch.compile import aot_function, min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    saved = []
+
+    def partition(graph, inputs, **options):
+        forward, _ = min_cut_rematerialization_partition(graph, inputs, **options | {"compiler": "inductor"})
+        saved.extend(forward.graph.output_node().args[0][1:])
+        raise Partitioned
+
+    def call(residual, document_ids, *parameters):
+        parameters = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, parameters, (residual, document_ids))[0]
+
+    # The shapes are those of a GPU in bfloat16; nothing runs.
+    monkeypatch.setattr("mamba3_train.kernels.scan.check_triton", lambda x: None)
+    monkeypatch.setattr("mamba3_train.kernels.scan.check_document_ids", lambda *arguments: None)
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    names, shapes = zip(*((name, p.shape) for name, p in layer.named_parameters()), strict=True)
+    inputs = [torch.empty(shape, requires_grad=True) for shape in ((ROWS, LENGTH, 128), *shapes)]
+    compiled = aot_function(call, lambda *_: None, partition_fn=partition, decompositions=select_decomp_table())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(Partitioned):
+        compiled(inputs[0], torch.empty(ROWS, LENGTH, dtype=torch.int32), *inputs[1:])
+    return {whole(node) for node in saved if whole(node).op != "placeholder"}
+
+
+def whole(node):
+    """The tensor that a node is a view of."""
+    views = ("view", "permute", "split", "transpose", "slice", "expand")
+    source = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
+    part = "getitem" in str(node.target) and "split" in str(source.target)
+    return whole(source) if part or any(word in str(node.target) for word in views) else node
+
+
+@pytest.mark.parametrize("kind", ["M", "*"])
+def test_a_layer_saves_what_the_compiler_chooses(kind, monkeypatch):
+    config = small()
+    with torch.device("meta"):
+        layer = Block(config, kind, "triton")
+    tensors = [node.meta["val"] for node in saved_tensors(layer, monkeypatch)]
+    shapes = {parameter.shape for parameter in layer.parameters()}
+    per_token = [t for t in tensors if t.shape not in shapes]
+    casts = [t for t in tensors if t.shape in shapes]
+    assert sum(t.numel() for t in casts) == sum(p.numel() for n, p in layer.named_parameters() if n.endswith(MATRICES))
+    saved = sum(t.numel() * t.element_size() for t in per_token) / (ROWS * LENGTH)
+    # The norms' one number a row is not counted.
+    assert sum(layer_saves(config, kind, LENGTH)) == pytest.approx(saved, rel=0.01)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_scan_needs_what_was_measured(rank):
+    recorded = json.loads((RESULTS / "benchmark_kernels_h200.json").read_text())
+    row = next(row for row in recorded["rows"] if row["kernel"] == f"triton rank {rank}")
+    heads, width, d_state, pairs = recorded["layer"]
+    config = Mamba3Config(vocab_size=8, d_model=heads * width // 2, d_mlp=8, n_layers=1, mixer=MixerConfig(rank=rank))
+    assert (d_state, pairs) == (config.mixer.d_state, config.mixer.rotated_pairs)
+    # Recorded with what the forward pass keeps: the result, the scales, the phases, and at rank 1 y.
+    kept = 2 * heads * width * (2 if rank == 1 else 1) + 3 * 4 * heads + 2 * heads * pairs
+    measured = row["peak_mib"] * 2**20 / (row["batch"] * row["seqlen"])
+    assert scan_workspace(config) + kept == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("rank", "d_state", "head_dim"), [(1, 128, 64), (4, 128, 64), (8, 64, 64), (2, 256, 128)])
+def test_the_passes_are_those_of_the_scan(rank, d_state, head_dim, monkeypatch):
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    chosen = launch.choose(rank, head_dim, d_state, torch.bfloat16)
+    mixer = MixerConfig(rank=rank, d_state=d_state, head_dim=head_dim)
+    assert scan_passes(mixer) == (chosen.chunk, chosen.heads)
+
+
+def test_what_is_in_shards_is_divided():
+    config = small()
+    total = model_cost(config, LENGTH).total_parameters
+    whole = memory(config, "ddp", 8)
+    assert whole.parameters == whole.gradients == 4 * total
+    assert whole.moments == 8 * total
+    for strategy in SHARDED:
+        assert memory(config, strategy, 1).moments == whole.moments
+    assert memory(config, "deepspeed_zero1", 8).moments == memory(config, "fsdp", 8).moments == whole.moments / 8
+    assert memory(config, "fsdp", 64).peak < memory(config, "fsdp", 8).peak < whole.peak
+
+
+def test_gradients_of_earlier_passes_are_there_in_the_forward_pass():
+    config = small()
+    gradients = 4 * model_cost(config, LENGTH).total_parameters
+    once = memory(config).peak
+    assert memory(config, passes=2).peak == memory(config, "ddp", 2).peak == once + gradients
+    assert memory(config, "ddp", 2, passes=2).peak == once + gradients  # in the buckets that are there anyway
+    # FSDP2 exchanges gradients, and cuts them into shards, in the last pass.
+    assert memory(config, "fsdp", 2, passes=2).peak == memory(config, "fsdp", 2).peak + gradients
+
+
+def test_recomputing_keeps_less_until_the_backward_pass():
+    config = small()
+    none, selective, full = (memory(config, rows=64, recompute=choice) for choice in ("none", "selective", "full"))
+    assert none.activations > selective.activations > full.activations
+    assert none.backward < selective.backward < full.backward
+    assert full.activations == 64 * LENGTH * 4 * config.d_model * config.n_layers
+
+
+def test_the_head_holds_two_blocks_of_logits_at_most():
+    config = small()
+    block = 2 * 8192 * 1024
+    heads = [memory(config, rows=rows).head - 12 * 128 * rows * LENGTH for rows in (32, 64, 128)]
+    weights = 6 * 1024 * 128
+    assert heads == [weights + block + 4 * 1024 * 128, weights + 2 * block, weights + 2 * block]
