@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -46,20 +47,42 @@ def recorded_peaks():
     return [pytest.param(row, id=f"{number}-{row['recipe']}") for number, row in enumerate(steps)]
 
 
+def given(row):
+    """What a row's command asks for: recipe, strategy, devices, rows of a step and of a micro-batch."""
+    keys = dict(word.split("=", 1) for word in row["command"].split() if "=" in word)
+    rows = int(keys["data.global_batch_size"]), int(keys["data.micro_batch_size"])
+    return row["recipe"], keys.get("strategy", "single"), int(keys.get("trainer.devices", 1)), *rows
+
+
+def planned(recipe, strategy, devices, global_batch_size, micro_batch_size):
+    """GiB that the plan tells."""
+    config = composed(recipe).copy()
+    config.gpus = devices
+    config.data.global_batch_size, config.data.micro_batch_size = global_batch_size, micro_batch_size
+    model = instantiate(config.model)
+    memory = plan.memory_of(config, model, model_cost(model, config.data.sequence_length), strategy, "none")
+    return memory.peak / 2**30
+
+
 @pytest.mark.parametrize("row", recorded_peaks())
 def test_memory_is_what_was_measured(row):
-    given = dict(word.split("=", 1) for word in row["command"].split() if "=" in word)
-    config = composed(row["recipe"]).copy()
-    config.gpus = int(given.get("trainer.devices", 1))
-    for key in ("global_batch_size", "micro_batch_size"):
-        config.data[key] = int(given[f"data.{key}"])
-    model = instantiate(config.model)
-    cost = model_cost(model, config.data.sequence_length)
-    memory = plan.memory_of(config, model, cost, given.get("strategy", "single"), "none")
     # Not counted on two GPUs: under DDP torch.compile cuts a layer in two, and what crosses the cut is saved as well;
     # FSDP gathered each layer in two groups when it was measured.
-    tolerance = 0.03 if config.gpus == 1 else 0.05
-    assert memory.peak / 2**30 == pytest.approx(row["peak_memory_gib"], rel=tolerance)
+    setting = given(row)
+    tolerance = 0.03 if setting[2] == 1 else 0.05
+    assert planned(*setting) == pytest.approx(row["peak_memory_gib"], rel=tolerance)
+
+
+def test_the_documents_show_what_was_planned_and_measured():
+    cells = r"^\| `([\w.]+)`(?:, two GPUs, `(\w+)`.*)? \| (\d+) × (\d+) \|.*\| \*\*([\d.]+)\*\* \| ([\d.]+) \|$"
+    rows = re.findall(cells, (RESULTS.parent / "performance.md").read_text(), re.MULTILINE)
+    recorded = {given(row): row["peak_memory_gib"] for parameter in recorded_peaks() for row in parameter.values}
+    assert len(rows) == len(recorded)
+    for recipe, strategy, passes, size, plan_says, measured in rows:
+        devices = 2 if strategy else 1
+        setting = recipe, strategy or "single", devices, devices * int(passes) * int(size), int(size)
+        assert float(measured) == pytest.approx(recorded[setting], abs=0.051)
+        assert float(plan_says) == pytest.approx(planned(*setting), abs=0.051)
 
 
 def test_the_speed_shipped_is_the_last_that_was_measured():

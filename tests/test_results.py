@@ -52,14 +52,37 @@ def test_two_gpus_in_the_readme():
 
 def test_steps():
     recorded = {round(r["step_ms"]): r for r in json.loads((RESULTS / "step_1.5b_h200.json").read_text())}
-    rows = table("docs/performance.md", r"\*\*(\d+)\*\* \| (\d+) \| ([\d.]+) % \| ([\d.]+) \|$")
-    rows += table("README.md", r"^\| 1.5B .* \| (\d+) \| (\d+) \| ([\d.]+) % \| ([\d.]+) \|$")
-    assert len(rows) == 7
-    for ms, tokens, mfu, gib in rows:
+    assert len(recorded) == 7
+    parts = r"^\| .* \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| ([\d.]+|in rest) \| (\d+) "
+    rows = table("docs/performance.md", parts + r"\| \*\*(\d+)\*\* \| (\d+) \| ([\d.]+) % \| ([\d.]+) \|$")
+    shown = table("README.md", r"^\| 1.5B .* \| (\d+) \| (\d+) \| ([\d.]+) % \| ([\d.]+) \|$")
+    assert {int(row[7]) for row in rows} == set(recorded)
+    assert len(shown) == 2
+    for ms, tokens, mfu, gib in [row[7:] for row in rows] + shown:
         row = recorded[int(ms)]
         assert round(row["tokens_per_second"]) == int(tokens)
         assert float(mfu) == pytest.approx(100 * row["mfu"], abs=0.051)
         assert float(gib) == pytest.approx(row["peak_memory_gib"], abs=0.051)
+    names = ("matrix products", "scan", "optimizer", "norms", "copies", "loss", "elementwise and rest")
+    for *cells, ms, _, _, _ in rows:
+        for name, cell in zip(names, cells, strict=True):
+            if cell != "in rest":
+                within = 0.051 if "." in cell else 0.51
+                assert float(cell) == pytest.approx(recorded[int(ms)]["ms_by_part"][name], abs=within), name
+
+
+def test_the_decode_step():
+    recorded = json.loads((RESULTS / "benchmark_decode_h200.json").read_text())["layers"]
+    recorded = {("SISO" if row["rank"] == 1 else "MIMO R = 4", row["state"]): row for row in recorded}
+    row = r"^\| (SISO|MIMO R = 4) \| (bfloat16|float32) \| \*\*([\d.]+)\*\* \| ([\d.]+) \| (\d+) % \| (\d+) \|.*\|$"
+    rows = table("docs/kernels.md", row)
+    assert len(rows) == len(recorded) == 4
+    for variant, state, ms, floor, share, rate in rows:
+        row = recorded[variant, state]
+        assert float(ms) == pytest.approx(row["ms"], abs=0.00051)
+        assert float(floor) == pytest.approx(row["floor_ms"], abs=0.00051)
+        assert int(share) == round(100 * row["share_of_floor"])
+        assert int(rate) == round(row["gb_per_s"])
 
 
 def test_parity():
