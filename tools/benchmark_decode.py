@@ -2,7 +2,7 @@
 
     python tools/benchmark_decode.py                                # the 1.5B layer, SISO and MIMO, batch 1 to 512
     python tools/benchmark_decode.py --batch 128 --state bfloat16 --no-model
-    python tools/benchmark_decode.py --batch 128 --sweep --no-model # other launch configurations of the layer's kernel
+    python tools/benchmark_decode.py --batch 128 --sweep --no-model # both kernels in several launch configurations
     python tools/benchmark_decode.py --output result.json
 
 Times are replays of a CUDA graph, the L2 cache flushed before each. Bytes are the least a step moves: the state read
@@ -33,7 +33,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--state", nargs="+", default=STATES, choices=STATES, help="what the state is stored in")
     parser.add_argument("--recipe", nargs="+", default=RECIPES, help="models whose whole step is timed")
     parser.add_argument("--no-model", action="store_true", help="the layers only")
-    parser.add_argument("--sweep", action="store_true", help="every layer with other tiles, warps and register limits")
+    parser.add_argument(
+        "--sweep", action="store_true", help="every layer by elements and by products, in several tiles"
+    )
     parser.add_argument("--output", help="write everything as JSON")
     return parser.parse_args()
 
@@ -141,16 +143,20 @@ def time_layer(batch, rank, state_dtype, gb_per_s):
 
 
 def sweep(batch, rank, state_dtype, gb_per_s):
-    """The layer with each launch configuration worth trying, fastest first."""
+    """The layer by elements and by products, the latter with each launch configuration worth trying, fastest first."""
     from mamba3_train.kernels import decode_step
 
-    shipped = decode_step.ROWS, decode_step.ELEMENTS, decode_step.REGISTERS
+    names = ("PRODUCTS", "ROWS", "REGISTERS", "AHEAD")
+    shipped = [getattr(decode_step, name) for name in names]
     rows = []
-    for configuration in itertools.product((16, 32, 64), (32, 64, 128), (None, 96, 128, 168)):
-        decode_step.ROWS, decode_step.ELEMENTS, decode_step.REGISTERS = configuration
-        names = dict(zip(("rows", "elements", "registers"), configuration, strict=True))
-        rows.append(names | time_layer(batch, rank, state_dtype, gb_per_s))
-    decode_step.ROWS, decode_step.ELEMENTS, decode_step.REGISTERS = shipped
+    by_products = itertools.product((1,), (64,), (None, 96), (0, 2, 4))
+    for configuration in ((9, 64, None, 0), *by_products, (1, 32, None, 0), (1, 32, None, 2)):
+        for name, value in zip(names, configuration, strict=True):
+            setattr(decode_step, name, value)
+        columns = dict(zip(("products", "rows", "registers", "ahead"), configuration, strict=True))
+        rows.append(columns | time_layer(batch, rank, state_dtype, gb_per_s))
+    for name, value in zip(names, shipped, strict=True):
+        setattr(decode_step, name, value)
     return sorted(rows, key=lambda row: row["ms"])
 
 

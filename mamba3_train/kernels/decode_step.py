@@ -7,6 +7,7 @@ A program owns ROWS rows of P of one head of one sequence: it reads its part of 
 everything else it needs is small. The state is two tiles, the first and the second columns of all N / 2 pairs; columns
 that do not rotate are paired too (column i of their first half with column i of their second) and turned by zero.
 Arithmetic is float32, in registers, whatever the state is stored in. Inference only: there is no backward.
+Ranks from PRODUCTS on take decode_products.py's kernel instead, the same step on the matrix units.
 """
 
 from math import gcd
@@ -16,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamba3_train.kernels.decode_products import decode_products_kernel
 from mamba3_train.kernels.inputs import Inputs
-from mamba3_train.kernels.launch import check_sizes, interpreted, run
+from mamba3_train.kernels.launch import check_sizes, interpreted, programs_ahead, run
 from mamba3_train.kernels.tiles import cosine_sine, hold, sigmoid
 
 
@@ -158,26 +160,48 @@ def decode_token(inputs: Inputs, state: tuple[Tensor, Tensor, Tensor], norm_eps:
         raise ValueError("backend 'triton' takes state.ssm in float32 or bfloat16, got torch.float64")
     pairs = 0 if angles is None else angles.shape[-1]
     rows = head_dim if inputs.norm_weight is not None else min(head_dim, ROWS)
-    pair_block = triton.next_power_of_2(d_state // 2)
+    kernel, options = (_by_products if rank >= PRODUCTS else _by_elements)(rows, d_state, pairs, inputs.x, state[0])
     out = torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device)
     run(
-        decode_step_kernel, (batch * heads * (head_dim // rows),),
-        *inputs._replace(trap=trap, angles=angles)[:15], *state, out, norm_eps,
-        HEADS=heads, GROUPS=groups, HEAD_DIM=head_dim, D_STATE=d_state, PAIRS=pairs, RANK=rank, PAIR_BLOCK=pair_block,
-        ROWS=rows, VECTOR=gcd(gcd(pairs, d_state // 2), 16 // state[0].dtype.itemsize),
+        kernel, (batch * heads * (head_dim // rows),),
+        *inputs._replace(trap=trap, angles=angles)[:15], state[0], state[1].to(inputs.B.dtype), state[2], out, norm_eps,
+        HEADS=heads, GROUPS=groups, HEAD_DIM=head_dim, D_STATE=d_state, PAIRS=pairs, RANK=rank, ROWS=rows, **options,
         TOKEN_STRIDE=inputs.token_stride, TRAP_STRIDE=_stride(trap), ANGLES_STRIDE=_stride(angles),
         FIXED_ANGLES=angles is not None and angles.dim() == 1, HARDWARE=not interpreted() and torch.version.hip is None,
-        num_warps=_warps(rows, d_state, pair_block), num_stages=1,
-        **({} if REGISTERS is None or interpreted() else {"maxnreg": REGISTERS}),
+        num_stages=1, **({} if REGISTERS is None or interpreted() else {"maxnreg": REGISTERS}),
     )  # fmt: skip
     return out
 
 
-# Rows of P a program owns, where no norm needs them all; elements of the state a thread has; most registers a thread.
-# Unmeasured: `tools/benchmark_decode.py --sweep` tries others.
+# The least rank that goes by products; rows of P a program owns, where no norm needs them all; most registers a thread;
+# by elements, elements of the state a thread has; by products, how many programs ahead to fetch the state, as a
+# multiple of `programs_ahead`.
+# Unmeasured by products: `tools/benchmark_decode.py --sweep` tries others.
+PRODUCTS = 2
 ROWS = 64
-ELEMENTS = 64
 REGISTERS = None
+ELEMENTS = 64
+AHEAD = 0
+
+
+def _by_elements(rows: int, d_state: int, pairs: int, x: Tensor, ssm: Tensor) -> tuple:
+    """The kernel of this file and its own options."""
+    pair_block = triton.next_power_of_2(d_state // 2)
+    vector = gcd(gcd(pairs, d_state // 2), 16 // ssm.dtype.itemsize)
+    options = {"PAIR_BLOCK": pair_block, "VECTOR": vector, "num_warps": _warps(rows, d_state, pair_block)}
+    return decode_step_kernel, options
+
+
+def _by_products(rows: int, d_state: int, pairs: int, x: Tensor, ssm: Tensor) -> tuple:
+    """The kernel of decode_products.py and its own options."""
+    return decode_products_kernel, {
+        "PAIR_BLOCK": max(16, triton.next_power_of_2(pairs)),
+        "REST_BLOCK": max(16, triton.next_power_of_2(d_state - 2 * pairs)),
+        "VECTOR": 16 // ssm.dtype.itemsize,
+        "HALVES": 1 if x.dtype == torch.float32 else 2,
+        "AHEAD": 0 if interpreted() or AHEAD == 0 else AHEAD * programs_ahead(x.device),
+        "num_warps": rows // 16,
+    }
 
 
 def _warps(rows: int, d_state: int, pair_block: int) -> int:

@@ -24,6 +24,9 @@ CASES = {
     "mimo 4": {"rank": 4, "batch": 3, "d_state": 32, "pairs": 16},
     "mimo 4, norm": {"rank": 4, "norm": True, "groups": 2},
     "mimo 8": {"rank": 8, "heads": 2},
+    "mimo 2, all rotated": {"rank": 2, "pairs": 8},
+    "mimo 4, odd number of pairs": {"rank": 4, "batch": 1, "d_state": 18, "pairs": 3},
+    "mimo 2, wide": {"rank": 2, "batch": 1, "heads": 1, "head_dim": 128, "d_state": 256, "pairs": 64},
 }
 
 
@@ -70,6 +73,28 @@ def test_reference_steps_are_the_scan():
 def test_kernel_takes_one_token(case):
     inputs = inputs_of(**CASES[case])
     check(inputs, state_of(inputs))
+
+
+@pytest.mark.parametrize(("case", "least_rank"), [("siso", 1), ("siso, two groups, norm", 1), ("mimo 4, norm", 8)])
+def test_either_kernel_takes_any_rank(case, least_rank, monkeypatch):
+    monkeypatch.setattr("mamba3_train.kernels.decode_step.PRODUCTS", least_rank)
+    inputs = inputs_of(**CASES[case])
+    check(inputs, state_of(inputs))
+
+
+def test_products_keep_what_sixteen_bits_leave_of_B_and_C():
+    """Values that float16 holds exactly, so that B plus bias is all that could be rounded on its way to the state."""
+    inputs = inputs_of(rank=4)
+    for name in ("x", "mimo_x"):
+        inputs[name] = inputs[name].sign()
+    inputs |= {"dt": torch.full_like(inputs["dt"], 0.5)} | {n: inputs[n].half() for n in ("x", "B", "C", "z", "angles")}
+    del inputs["trap"]
+    state = StepState.of(state_of(inputs), torch.float32)
+    wide = {name: tensor.double() for name, tensor in inputs.items()}
+    y, after = mamba3_scan(**wide, initial_state=ScanState(*(t.double() for t in state)), return_state=True)
+    actual, buffers = steps(inputs, state, "triton")
+    assert (buffers.ssm.double() - after.ssm).norm() <= TOLERANCE * after.ssm.norm()
+    assert (actual.double() - y).norm() <= 5e-4 * y.norm()
 
 
 @pytest.mark.parametrize("rank", [1, 4])
