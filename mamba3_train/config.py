@@ -31,8 +31,9 @@ def shipped_folder(name: str) -> Path:
     raise FileNotFoundError(f"the folder {name} is missing from this installation of mamba3_train: install it again")
 
 
+@functools.cache
 def register_configs() -> None:
-    """Store the root schemas, and every file of recipes/ as group `recipe`, in Hydra's ConfigStore."""
+    """Store the root schemas, and every file of recipes/ as group `recipe`, in Hydra's ConfigStore, once a process."""
     store = ConfigStore.instance()
     for name, root in ROOTS.items():
         store.store(name=f"{name}_schema", node=root)
