@@ -11,6 +11,7 @@ GPU.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -24,8 +25,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from mamba3_train.kernels import StepState, decode_step, triton_scan
+from mamba3_train.kernels import sizes as scan_sizes
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import wrong_descriptors
 
@@ -103,7 +106,8 @@ def compile_launch(kernel, args, options, arch):
             signature[name], constants[(i,)] = "constexpr", value
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
 
 
@@ -137,8 +141,10 @@ def main(sizes, arch, chunk):
 
     triton_scan.run = decode_step.run = compile_instead
     if arch < 90:
-        triton_scan.programs_ahead = lambda device: 0
-    for size in sizes:
+        scan_sizes.programs_ahead = lambda device: 0
+    on_hopper = scan_sizes.runs_on_hopper
+    for size, gear in itertools.product(sizes, ("portable", "hopper") if arch == 90 else ("portable",)):
+        scan_sizes.runs_on_hopper = on_hopper if gear == "hopper" else lambda *_: False
         inputs = meta_inputs(**SIZES[size])
         _, last, kept = triton_scan.scan_forward(inputs, 1e-5, keep=True, launch=chunk)
         triton_scan.scan_backward(inputs, 1e-5, inputs.x.contiguous(), last, kept, chunk)

@@ -30,19 +30,27 @@ class Inputs(NamedTuple):
     initial: Tensor | None
 
     def readable(self) -> "Inputs":
-        """The same, contiguous; but x and z stay where they are when both have the same `token_stride`.
+        """The same, contiguous and at 16 bytes; but x and z stay where they are when both have the same `token_stride`.
 
         So an input projection's columns are read in place: x and z are most of the scan's bytes.
         """
         strides = {_token_stride(tensor) for tensor in (self.x, self.z) if tensor is not None}
         in_place = {"x", "z"} if len(strides) == 1 and None not in strides else set()
-        pairs = zip(self._fields, self, strict=True)
-        return Inputs(*(t if t is None or name in in_place else t.contiguous() for name, t in pairs))
+        return Inputs(
+            *(
+                None if tensor is None else _aligned(tensor if name in in_place else tensor.contiguous())
+                for name, tensor in zip(self._fields, self, strict=True)
+            )
+        )
 
     @property
     def token_stride(self) -> int:
         """Elements from a token of x or z to the next token, for inputs that are `readable`."""
         return _token_stride(self.x)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _token_stride(x: Tensor) -> int | None:

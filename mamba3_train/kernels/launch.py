@@ -5,6 +5,7 @@ One configuration a regime, no tuning at run time: every rank and every run comp
 """
 
 import re
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,8 @@ SINGLE = {
     128 * 64: (32, 8, {}),
     256 * 128: (16, 4, {}),
 }
+# Options of the kernels of `kernels.hopper`: three blocks a multiprocessor.
+HOPPER = {"outputs": (4, 168), "queries": (4, 168), "keys": (4, 168)}
 RANKS, HEAD_DIMS = (1, 2, 4, 8), (16, 32, 64, 128)
 
 
@@ -96,6 +99,40 @@ def heads_in_pass(heads: int, groups: int, wanted: int) -> int:
     if wanted < per_group:
         return max(n for n in range(1, wanted + 1) if per_group % n == 0)
     return per_group * max(n for n in range(1, groups + 1) if groups % n == 0 and n * per_group <= wanted)
+
+
+def runs_on_hopper(inputs, chunk: int) -> bool:
+    """Whether the kernels of `kernels.hopper` serve these inputs on their device, in chunks of `chunk` tokens."""
+    x, rank, d_state = inputs.x, inputs.B.shape[2], inputs.B.shape[-1]
+    pairs = 0 if inputs.angles is None else inputs.angles.shape[-1]
+    rest = d_state - 2 * pairs
+    return (
+        not interpreted()
+        and _is_hopper(x.device)
+        and x.element_size() == 2
+        and chunk * rank == x.shape[-1] == 64
+        and pairs in (16, 32, 64)
+        and rest in (0, 16, 32, 64)
+        and inputs.z is not None
+        and (rank == 1) == (inputs.mimo_x is None) == (inputs.mimo_o is None)
+        and hopper() is not None
+    )
+
+
+def _is_hopper(device: torch.device) -> bool:
+    if device.type == "meta":  # only compiled
+        return True
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def hopper():
+    """The package of kernels for Hopper; None where Triton's Gluon is not as they were written for."""
+    if not triton.__version__.startswith(("3.6.", "3.7.")):
+        return None
+    from mamba3_train.kernels import hopper as package
+
+    return package
 
 
 def programs_ahead(device: torch.device) -> int:

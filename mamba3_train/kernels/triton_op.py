@@ -27,7 +27,7 @@ _KEPT = 6
     schema=f"({_INPUTS}, float norm_eps, int chunk, bool keep) -> ({', '.join(['Tensor'] * (2 + _KEPT))})",
 )
 def scan(*arguments):
-    """Outputs, last state, and what is kept for the backward: the per-token scales and, at rank 1, y.
+    """Outputs, last state, and what is kept for the backward: the per-token scales and, where it pays, y.
 
     Inputs as `inputs.Inputs`; chunk 0 leaves its size to the table; keep False keeps nothing but the inputs.
     """
@@ -41,15 +41,17 @@ def scan(*arguments):
 
 @scan.register_fake
 def _(*arguments):
-    from mamba3_train.kernels.triton_scan import Sizes, keeps_y, scale_shapes
+    from mamba3_train.kernels.sizes import Sizes
+    from mamba3_train.kernels.triton_scan import scale_shapes
 
     *tensors, _, chunk, keep = arguments
     inputs = Inputs(*tensors)
     x, d_state = inputs.x, inputs.B.shape[-1]
     kept = [x.new_empty(0) for _ in range(_KEPT)]
     if keep:
-        kept[:5] = [x.new_empty(shape, dtype=dtype) for shape, dtype in scale_shapes(Sizes.of(inputs, chunk))]
-        kept[5] = x.new_empty(x.shape if keeps_y(inputs) else 0)
+        sizes = Sizes.of(inputs, chunk)
+        kept[:5] = [x.new_empty(shape, dtype=dtype) for shape, dtype in scale_shapes(sizes)]
+        kept[5] = x.new_empty(x.shape if sizes.keeps_y(inputs) else 0)
     last = x.new_empty((x.shape[0], x.shape[2], x.shape[3], d_state), dtype=torch.float32)
     return x.new_empty(x.shape), last, *kept
 

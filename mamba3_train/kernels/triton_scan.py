@@ -4,9 +4,6 @@ Heads are taken in passes of `launch.heads`, so the workspace (states, per-head 
 close to the L2 cache. The backward keeps nothing of the forward but its inputs and recomputes states pass by pass.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
-from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -24,7 +21,8 @@ from mamba3_train.kernels import (
     token_scales,
 )
 from mamba3_train.kernels.inputs import Inputs
-from mamba3_train.kernels.launch import Launch, choose, heads_in_pass, interpreted, programs_ahead, run
+from mamba3_train.kernels.launch import Launch, hopper, interpreted, run
+from mamba3_train.kernels.sizes import Sizes
 
 
 class Scales(NamedTuple):
@@ -35,105 +33,6 @@ class Scales(NamedTuple):
     diagonal: Tensor
     chunk_decay: Tensor
     phase: Tensor
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of one call and what follows from them."""
-
-    batch: int
-    seqlen: int
-    heads: int
-    groups: int
-    head_dim: int
-    d_state: int
-    pairs: int
-    rank: int
-    dtype: torch.dtype
-    device: torch.device
-    launch: Launch
-
-    @classmethod
-    def of(cls, inputs: Inputs, launch: Launch | int = 0) -> "Sizes":
-        """Sizes of a call with this launch configuration, or the table's with this chunk size (0: the table's)."""
-        batch, seqlen, heads, head_dim = inputs.x.shape
-        rank, groups, d_state = inputs.B.shape[2:]
-        pairs = 0 if inputs.angles is None else inputs.angles.shape[-1]
-        dtype, device = inputs.x.dtype, inputs.x.device
-        if isinstance(launch, int):
-            launch = choose(rank, head_dim, d_state, dtype, launch)
-        return cls(batch, seqlen, heads, groups, head_dim, d_state, pairs, rank, dtype, device, launch)
-
-    def in_forward(self) -> "Sizes":
-        """The same with the forward's passes, which need less memory a head."""
-        return replace(self, launch=self.launch._replace(heads=self.launch.forward_heads))
-
-    @cached_property
-    def chunks(self) -> int:
-        return -(-self.seqlen // self.launch.chunk)
-
-    @cached_property
-    def padded(self) -> int:
-        return self.chunks * self.launch.chunk
-
-    @cached_property
-    def heads_here(self) -> int:
-        return heads_in_pass(self.heads, self.groups, self.launch.heads)
-
-    @cached_property
-    def column_pairs(self) -> int:
-        """Largest power of two up to 16 that divides the rotated and all pairs of columns."""
-        return gcd(gcd(self.pairs, self.d_state // 2), 16)
-
-    @cached_property
-    def pair_block(self) -> int:
-        return max(16, triton.next_power_of_2(self.pairs))
-
-    @cached_property
-    def hardware(self) -> bool:
-        return not interpreted() and torch.version.hip is None
-
-    @cached_property
-    def chunk_constants(self) -> dict:
-        """Compile-time arguments that the chunk kernels share."""
-        return {
-            "HEADS": self.heads, "HEADS_HERE": self.heads_here, "GROUPS": self.groups, "HEAD_DIM": self.head_dim,
-            "D_STATE": self.d_state, "PAIRS": self.pairs, "RANK": self.rank, "CHUNK": self.launch.chunk,
-            "PAIR_BLOCK": self.pair_block,
-            "REST_BLOCK": max(16, triton.next_power_of_2(self.d_state - 2 * self.pairs)),
-            "HARDWARE": self.hardware, "AHEAD": programs_ahead(self.device) if self.hardware else 0,
-            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
-        }  # fmt: skip
-
-    @cached_property
-    def passing_constants(self) -> dict:
-        return {
-            "HEADS": self.heads, "HEAD_DIM": self.head_dim, "D_STATE": self.d_state,
-            "PAIRS": self.pairs, "CHUNK": self.launch.chunk, "ROWS": state_passing.ROWS,
-            "COLUMN_PAIRS": self.column_pairs, "HARDWARE": self.hardware,
-        }  # fmt: skip
-
-    @cached_property
-    def inner_parts(self) -> int:
-        """Partial sums of S · dS a chunk: one a program of the state passing, padded to a power of two."""
-        return triton.next_power_of_2(self.passing_programs)
-
-    @cached_property
-    def passing_programs(self) -> int:
-        return self.head_dim // state_passing.ROWS * (self.d_state // 2 // self.column_pairs)
-
-    def passes(self):
-        return range(0, self.heads, self.heads_here)
-
-    def chunk_grid(self) -> tuple[int, int]:
-        return self.chunks * self.heads_here, self.batch
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def state_slots(self, slots: int) -> Tensor:
-        """One state for each slot and head of a pass."""
-        return self.empty(self.batch, slots, self.heads_here, self.head_dim, self.d_state, dtype=self.dtype)
 
 
 class Kept(NamedTuple):
@@ -153,23 +52,24 @@ def scan_forward(
     sizes = Sizes.of(inputs, launch).in_forward()
     scales = compute_scales(sizes, inputs)
     out = sizes.empty(*inputs.x.shape, dtype=sizes.dtype)
-    kept_y = torch.empty_like(out) if keep and keeps_y(inputs) else None
+    kept_y = torch.empty_like(out) if keep and sizes.keeps_y(inputs) else None
     last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
     for head in sizes.passes():
         before = compute_states(sizes, inputs, scales, head, last)
-        run(
-            chunk_output.chunk_outputs_kernel, sizes.chunk_grid(),
-            *_rows_arguments(inputs), *scales[:3], scales.phase, before, out, kept_y, *[None] * 6, norm_eps,
-            sizes.seqlen, sizes.chunks, head,
-            **sizes.chunk_constants, TOKEN_STRIDE=inputs.token_stride, **sizes.launch.options("outputs"),
-        )  # fmt: skip
+        _outputs(sizes, inputs, scales, before, out, kept_y, norm_eps, head)
     return out, last, Kept(scales, kept_y)
 
 
-def keeps_y(inputs: Inputs) -> bool:
-    """Whether keeping y pays: at rank 1 behind a gate. The norm's gradient would suffer from y's rounding."""
-    gated = inputs.z is not None or inputs.mimo_o is not None
-    return inputs.B.shape[2] == 1 and gated and inputs.norm_weight is None
+def _outputs(sizes, inputs, scales, before, out, kept_y, norm_eps, head):
+    """Stage 4: gated outputs of one pass's heads."""
+    arguments = (*_rows_arguments(inputs), *scales[:3], scales.phase, before, out)
+    place = (norm_eps, sizes.seqlen, sizes.chunks, head)
+    options = sizes.constants(inputs) | sizes.launch.options("outputs")
+    if sizes.on_hopper:
+        run(hopper().chunk_output.hopper_chunk_outputs_kernel, sizes.chunk_grid(), *arguments, *place, **options)
+    else:
+        kernel = chunk_output.chunk_outputs_kernel
+        run(kernel, sizes.chunk_grid(), *arguments, kept_y, *[None] * 6, *place, **options)
 
 
 def scan_backward(
@@ -238,11 +138,12 @@ def compute_states(sizes: Sizes, inputs: Inputs, scales: Scales, head: int, last
 def local_states(sizes: Sizes, inputs: Inputs, scales: Scales, head: int) -> Tensor:
     """Stage 2: what each chunk adds to the state, (batch, chunks, heads of the pass, P, N)."""
     local = sizes.state_slots(sizes.chunks)
+    portable = chunk_state.chunk_states_kernel
     run(
-        chunk_state.chunk_states_kernel, sizes.chunk_grid(),
+        hopper().chunk_state.hopper_chunk_states_kernel if sizes.on_hopper else portable, sizes.chunk_grid(),
         inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.log_decay, scales.key_log,
         scales.phase, local, sizes.seqlen, sizes.chunks, head,
-        **sizes.chunk_constants, TOKEN_STRIDE=inputs.token_stride, **sizes.launch.options("states"),
+        **sizes.constants(inputs), **sizes.launch.options("states"),
     )  # fmt: skip
     return local
 
@@ -265,32 +166,14 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     before = compute_states(sizes, inputs, scales, head, last)
     rows = (sizes.batch, sizes.heads_here, sizes.padded * sizes.rank)
     d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
-    constants = sizes.chunk_constants | {"TOKEN_STRIDE": inputs.token_stride}
-    gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"])
-    place = (sizes.seqlen, sizes.chunks, head)
-    if kept.y is None:
-        run(
-            chunk_output.chunk_outputs_kernel, sizes.chunk_grid(),
-            *_rows_arguments(inputs), *scales[:3], scales.phase, before, None, None, *gate_grads,
-            partial["norm_weight"], norm_eps, *place,
-            **constants, **sizes.launch.options("outputs_backward"),
-        )  # fmt: skip
-    else:
-        run(
-            gate.gate_backward_kernel, sizes.chunk_grid(),
-            kept.y, inputs.z, inputs.mimo_z, inputs.mimo_o, *gate_grads, *place,
-            HEADS=sizes.heads, HEADS_HERE=sizes.heads_here, HEAD_DIM=sizes.head_dim, CHUNK=sizes.launch.chunk,
-            HARDWARE=sizes.hardware, TOKEN_STRIDE=inputs.token_stride, num_warps=4,
-        )  # fmt: skip
     d_local, d_queries = sizes.state_slots(sizes.chunks), sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
-    run(
-        chunk_query.chunk_queries_backward_kernel, sizes.chunk_grid(),
-        inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.mimo_x, inputs.document_ids, *scales[:3],
-        scales.phase, before, d_y, d_local, d_queries, scale_grads["d_phase"], scale_grads["query_inner"], *place,
-        **constants, **sizes.launch.options("queries"),
-    )  # fmt: skip
+    gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"])
+    query_grads = (d_local, d_queries, scale_grads["d_phase"], scale_grads["query_inner"])
+    place = (sizes.seqlen, sizes.chunks, head)
+    constants = sizes.constants(inputs)
+    _queries(sizes, inputs, kept, before, gate_grads, partial["norm_weight"], query_grads, norm_eps, place)
     _sum_heads(sizes, d_queries, grads["C"], partial["C_bias"], head)
-    del d_queries
+    del d_queries, query_grads
     d_at_end = sizes.state_slots(sizes.chunks)
     d_initial = last if grads["initial"] is None else grads["initial"]
     run(
@@ -302,8 +185,9 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     )  # fmt: skip
     del before, d_local
     d_keys = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
+    portable = chunk_key.chunk_keys_backward_kernel
     run(
-        chunk_key.chunk_keys_backward_kernel, sizes.chunk_grid(),
+        hopper().chunk_key.hopper_chunk_keys_backward_kernel if sizes.on_hopper else portable, sizes.chunk_grid(),
         inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.D, inputs.mimo_x, inputs.document_ids,
         *scales[:3], scales.phase, d_at_end, d_y, grads["x"], d_keys, scale_grads["d_phase"],
         scale_grads["key_inner"], scale_grads["d_diagonal"], partial["D"], partial["mimo_x"], *place,
@@ -313,14 +197,45 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     _scales_backward(sizes, inputs, head, grads, scale_grads)
 
 
+def _queries(sizes, inputs, kept, before, gate_grads, d_norm, query_grads, norm_eps, place):
+    """From the output's gradient to y's, z's and the gate's weights', and on to the query side of each chunk.
+
+    gate_grads: d_out, then the gradients of y, z, mimo_z, mimo_o; query_grads: d_local, then those of C, phase, decay.
+    """
+    scales, constants, grid = kept.scales, sizes.constants(inputs), sizes.chunk_grid()
+    rows = (*_rows_arguments(inputs), *scales[:3], scales.phase, before)
+    if sizes.on_hopper:  # all in one
+        run(
+            hopper().chunk_query.hopper_chunk_queries_backward_kernel, grid, *rows, *gate_grads, d_norm, *query_grads,
+            norm_eps, *place, **constants, **sizes.launch.options("queries"),
+        )  # fmt: skip
+        return
+    if kept.y is None:
+        run(
+            chunk_output.chunk_outputs_kernel, grid, *rows, None, None, *gate_grads, d_norm, norm_eps, *place,
+            **constants, **sizes.launch.options("outputs_backward"),
+        )  # fmt: skip
+    else:
+        run(
+            gate.gate_backward_kernel, grid, kept.y, inputs.z, inputs.mimo_z, inputs.mimo_o, *gate_grads, *place,
+            HEADS=sizes.heads, HEADS_HERE=sizes.heads_here, HEAD_DIM=sizes.head_dim, CHUNK=sizes.launch.chunk,
+            HARDWARE=sizes.hardware, TOKEN_STRIDE=inputs.token_stride, num_warps=4,
+        )  # fmt: skip
+    run(
+        chunk_query.chunk_queries_backward_kernel, grid,
+        inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.mimo_x, inputs.document_ids, *scales[:3],
+        scales.phase, before, gate_grads[1], *query_grads, *place, **constants, **sizes.launch.options("queries"),
+    )  # fmt: skip
+
+
 def _sum_heads(sizes: Sizes, per_head: Tensor, total: Tensor, d_bias: Tensor | None, head: int) -> None:
     groups_here = max(1, sizes.heads_here * sizes.groups // sizes.heads)
-    blocks = triton.cdiv(sizes.seqlen, head_sum.TOKENS) * triton.cdiv(sizes.d_state, head_sum.COLUMNS)
+    tile = head_sum.tile(sizes.rank)
+    blocks = triton.cdiv(sizes.seqlen, tile["TOKENS"]) * triton.cdiv(sizes.d_state, tile["COLUMNS"])
     run(
         head_sum.head_sum_kernel, (blocks, sizes.rank * groups_here, sizes.batch),
         per_head, total, d_bias, sizes.seqlen, sizes.padded, head, sizes.heads_here,
-        HEADS=sizes.heads, GROUPS=sizes.groups, D_STATE=sizes.d_state, RANK=sizes.rank,
-        TOKENS=head_sum.TOKENS, COLUMNS=head_sum.COLUMNS, STEP=head_sum.STEP, num_warps=2,
+        HEADS=sizes.heads, GROUPS=sizes.groups, D_STATE=sizes.d_state, RANK=sizes.rank, **tile,
     )  # fmt: skip
 
 
@@ -339,7 +254,7 @@ def _scales_backward(sizes: Sizes, inputs: Inputs, head: int, grads: dict, scale
 
 def _partial_sums(sizes: Sizes, inputs: Inputs) -> dict[str, Tensor | None]:
     """Buffers for gradients of per-head weights, (batch, parts, …weight's shape), summed at the end."""
-    token_blocks = triton.cdiv(sizes.seqlen, head_sum.TOKENS)
+    token_blocks = triton.cdiv(sizes.seqlen, head_sum.tile(sizes.rank)["TOKENS"])
     weights = {
         name: getattr(inputs, name) for name in ("B_bias", "C_bias", "D", "mimo_x", "mimo_z", "mimo_o", "norm_weight")
     }

@@ -66,6 +66,21 @@ def test_every_gradient(dtype, size, packed):
     assert not too_large
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", ["siso", "siso groups", "mimo 2", "mimo 4", "mimo 8"])
+def test_hopper_kernels_are_the_portable_ones(size, packed, monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a Hopper GPU")
+    options = {"document_ids": (torch.rand(2, 333, device="cuda") < 0.02).cumsum(1)} if packed else {}
+    inputs = inputs_of(torch.bfloat16, norm=packed, **SIZES[size])
+    hopper = run(inputs, "triton", **options)
+    monkeypatch.setattr("mamba3_train.kernels.sizes.runs_on_hopper", lambda *_: False)
+    portable = run(inputs, "triton", **options)
+    found = {n: (hopper[n].double() - e.double()).norm() / e.double().norm() for n, e in portable.items()}
+    # At rank 1 the portable forward keeps y in 16 bits, which z's gradient sees.
+    assert {name: e.item() for name, e in found.items() if not e <= 5e-3} == {}
+
+
 def test_states_hand_over():
     inputs = inputs_of(torch.bfloat16, seqlen=256)
     whole, state = mamba3_scan(**inputs, backend="triton", return_state=True)

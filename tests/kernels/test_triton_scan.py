@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 from mamba3_train.kernels import ScanState, mamba3_scan, reference, triton_scan
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import Launch
+from mamba3_train.kernels.sizes import Sizes
 from mamba3_train.kernels.triton_op import scan
-from mamba3_train.kernels.triton_scan import Sizes, compute_scales, local_states, pass_states
+from mamba3_train.kernels.triton_scan import compute_scales, local_states, pass_states
 from tests.scan_inputs import scan_inputs, scan_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

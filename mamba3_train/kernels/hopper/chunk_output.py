@@ -1,0 +1,131 @@
+"""A chunk's gated outputs on Hopper: what `kernels/chunk_output.py` computes forward, laid out by hand."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mamba3_train.kernels.hopper.gate import gate_rows
+from mamba3_train.kernels.hopper.layouts import accumulator_layout, left_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.memory import (
+    by_token,
+    copy_bias,
+    copy_state,
+    copy_tile,
+    copy_weights,
+    fetch_chunk_ahead,
+    load_by_token,
+    load_parts,
+    read_by_rank,
+    read_by_token,
+    store_tokens,
+)
+from mamba3_train.kernels.hopper.tiles import (
+    decay_from_start,
+    dot_over_state,
+    hold,
+    load_pair_scales,
+    scale_tokens,
+    share_turned,
+    share_values,
+    turn_of,
+    weigh,
+    weight_pairs,
+)
+
+
+@gluon.jit
+def outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, CHUNK: gl.constexpr, RANK: gl.constexpr,
+               HEAD_DIM: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """y before norm and gate, (CHUNK, RANK, P), from the state before the chunk and from the chunk itself."""
+    PARTS: gl.constexpr = 3 if REST > 0 else 2
+    # [rows, N] @ [rows, N]ᵀ -> [rows, rows] and [rows, N] @ [P, N]ᵀ -> [rows, P]
+    scores = dot_over_state(q0, q1, q2, k0, k1, k2, REST)
+    y = dot_over_state(q0, q1, q2, s0, s1, s2, REST)
+    scores = weigh(warpgroup_mma_wait(PARTS, [scores]), weight, CHUNK, RANK)
+    if skip is not None:
+        row = gl.arange(0, 64, gl.SliceLayout(1, product_layout(64)))[:, None]
+        column = gl.arange(0, 64, gl.SliceLayout(0, product_layout(64)))[None, :]
+        scores += gl.where(row == column, skip, 0.0)
+    scores = gl.convert_layout(scores.to(v.dtype), left_layout(64))
+    y = scale_tokens(warpgroup_mma_wait(0, [y]), from_start, CHUNK, RANK, HEAD_DIM)
+    # [rows, rows] @ [rows, P] -> [rows, P]
+    y = warpgroup_mma(scores, v, y, is_async=True)
+    return by_token(warpgroup_mma_wait(0, [y]), CHUNK, RANK, HEAD_DIM)
+
+
+@gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+def hopper_chunk_outputs_kernel(
+    x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, document_ids, log_decay, key_log, diagonal,
+    phase, states, out, norm_eps, seqlen, chunks, head_start,
+    HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk. out: like x."""
+    STRIDE: gl.constexpr = GROUPS * D_STATE
+    REST: gl.constexpr = D_STATE - 2 * PAIRS
+    pairs: gl.constexpr = row_layout(PAIRS, RANK)
+    valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
+    chunk = gl.program_id(0) // HEADS_HERE
+    here = gl.program_id(0) % HEADS_HERE
+    batch = gl.program_id(1).to(gl.int64)
+    head = head_start + here
+    start = batch * seqlen + chunk * CHUNK
+    left = seqlen - chunk * CHUNK
+    scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
+    keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
+    tokens = start * TOKEN_STRIDE + head * HEAD_DIM
+    of_head = head * (RANK * HEAD_DIM)
+    ids = None if document_ids is None else document_ids + start
+
+    # Everything is on its way before the first of it is waited for.
+    q0, q1, q2 = load_parts(C + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)
+    fraction = load_by_token(phase + scalars * PAIRS, PAIRS, CHUNK, PAIRS, pairs)
+    c0, c1, c2 = copy_bias(C_bias, head, RANK, PAIRS, REST)
+    b0, b1, b2 = copy_bias(B_bias, head, RANK, PAIRS, REST)
+    raw = copy_tile(x + tokens, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
+    weight_x = None if mimo_x is None else copy_weights(mimo_x + of_head, HEAD_DIM, RANK, HEAD_DIM, False)
+    async_copy.commit_group()
+    state = states + ((batch * (chunks + 1) + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
+    s0, s1, s2 = copy_state(state, HEAD_DIM, PAIRS, REST)
+    gate = None if z is None else copy_tile(z + tokens, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
+    weight_z = None if mimo_z is None else copy_weights(mimo_z + of_head, HEAD_DIM, RANK, HEAD_DIM, True)
+    weight_o = None if mimo_o is None else copy_weights(mimo_o + of_head, HEAD_DIM, RANK, HEAD_DIM, True)
+    norm = None if norm_weight is None else copy_weights(norm_weight + head * HEAD_DIM, HEAD_DIM, 1, HEAD_DIM, True)
+    async_copy.commit_group()
+    k0, k1, k2 = load_parts(B + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)
+    of_row, of_column, gamma, id_row, id_column = load_pair_scales(
+        log_decay + scalars, key_log + scalars, diagonal + scalars, ids, left, False, CHUNK, RANK
+    )
+    from_start = decay_from_start(log_decay + scalars, ids, chunk, left, CHUNK, valued)
+    skip = None if D is None else gl.load(D + head).to(gl.float32)
+    fetch_chunk_ahead(
+        states, None, phase, x, z, seqlen, chunks, head_start, chunks + 1,
+        HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
+    )  # fmt: skip
+    async_copy.wait_group(1)
+    cos, sin = turn_of(hold(fraction, True))
+    q0, q1, q2 = share_turned(q0, q1, q2, c0, c1, c2, cos, sin, None, C_bias is not None, CHUNK, RANK, PAIRS, REST)
+    k0, k1, k2 = share_turned(k0, k1, k2, b0, b1, b2, cos, sin, None, B_bias is not None, CHUNK, RANK, PAIRS, REST)
+    v = share_values(raw, weight_x, CHUNK, RANK, HEAD_DIM)
+    async_copy.wait_group(0)
+    fence_async_shared()
+
+    weight = weight_pairs(of_row, of_column, gamma, id_row, id_column, ids is not None, False, CHUNK, RANK)
+    y = outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, CHUNK, RANK, HEAD_DIM, REST)
+    y = gate_rows(
+        y,
+        None if z is None else read_by_token(gate, valued).to(gl.float32),
+        None if mimo_z is None else read_by_rank(weight_z, valued),
+        None if mimo_o is None else read_by_rank(weight_o, valued),
+        None if norm_weight is None else read_by_rank(norm, valued),
+        norm_eps,
+        HEAD_DIM,
+    )
+    to = out + (start * HEADS + head) * HEAD_DIM
+    store_tokens(to, y, v, left, HEADS * HEAD_DIM, CHUNK, RANK, HEAD_DIM)

@@ -1,0 +1,181 @@
+"""From the output's gradient to y's, z's and the gate's weights', and on to the query side of a chunk, on Hopper.
+
+What `kernels/chunk_output.py` (backward) and `kernels/chunk_query.py` compute, in one: B, C and the state are loaded
+and turned once, and y's gradient is used where it arises.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mamba3_train.kernels.hopper.chunk_output import outputs_of
+from mamba3_train.kernels.hopper.gate import gate_rows_backward
+from mamba3_train.kernels.hopper.layouts import accumulator_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.memory import (
+    by_row,
+    copy_bias,
+    copy_state,
+    copy_tile,
+    copy_weights,
+    fetch_chunk_ahead,
+    load_by_token,
+    load_parts,
+    read_by_rank,
+    read_by_token,
+    share,
+    store_parts,
+    store_ranks,
+    store_rows,
+    store_tokens,
+)
+from mamba3_train.kernels.hopper.tiles import (
+    decay_from_start,
+    dot_from_state,
+    dot_onto_state,
+    hold,
+    left_operand,
+    load_pair_scales,
+    rotation_gradients,
+    scale_tokens,
+    share_turned,
+    share_values,
+    sum_of_tokens,
+    turn_of,
+    weigh,
+    weight_pairs,
+)
+
+
+@gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+def hopper_chunk_queries_backward_kernel(
+    x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, document_ids, log_decay, key_log, diagonal,
+    phase, states, d_out, d_y, d_z, d_mimo_z, d_mimo_o, d_norm, d_local, d_queries, d_phase, inner, norm_eps, seqlen,
+    chunks, head_start,
+    HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """Shapes as in the two kernels that this one stands for."""
+    STRIDE: gl.constexpr = GROUPS * D_STATE
+    REST: gl.constexpr = D_STATE - 2 * PAIRS
+    PARTS: gl.constexpr = 3 if REST > 0 else 2
+    dtype: gl.constexpr = x.dtype.element_ty
+    pairs: gl.constexpr = row_layout(PAIRS, RANK)
+    valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
+    turned: gl.constexpr = accumulator_layout(PAIRS, RANK)
+    chunk = gl.program_id(0) // HEADS_HERE
+    here = gl.program_id(0) % HEADS_HERE
+    batch = gl.program_id(1).to(gl.int64)
+    head = head_start + here
+    start = batch * seqlen + chunk * CHUNK
+    left = seqlen - chunk * CHUNK
+    scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
+    rows = ((batch * HEADS_HERE + here) * chunks + chunk) * (CHUNK * RANK)
+    keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
+    tokens = start * TOKEN_STRIDE + head * HEAD_DIM
+    packed = (start * HEADS + head) * HEAD_DIM
+    of_head = head * (RANK * HEAD_DIM)
+    ids = None if document_ids is None else document_ids + start
+
+    # Everything is on its way before the first of it is waited for.
+    q0, q1, q2 = load_parts(C + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)
+    fraction = load_by_token(phase + scalars * PAIRS, PAIRS, CHUNK, PAIRS, pairs)
+    c0, c1, c2 = copy_bias(C_bias, head, RANK, PAIRS, REST)
+    b0, b1, b2 = copy_bias(B_bias, head, RANK, PAIRS, REST)
+    raw = copy_tile(x + tokens, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
+    weight_x = None if mimo_x is None else copy_weights(mimo_x + of_head, HEAD_DIM, RANK, HEAD_DIM, False)
+    async_copy.commit_group()
+    state = states + ((batch * (chunks + 1) + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
+    s0, s1, s2 = copy_state(state, HEAD_DIM, PAIRS, REST)
+    by_out = copy_tile(d_out + packed, left, CHUNK, HEADS * HEAD_DIM, HEAD_DIM)
+    gate = copy_tile(z + tokens, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
+    weight_z = None if mimo_z is None else copy_weights(mimo_z + of_head, HEAD_DIM, RANK, HEAD_DIM, True)
+    weight_o = None if mimo_o is None else copy_weights(mimo_o + of_head, HEAD_DIM, RANK, HEAD_DIM, True)
+    norm = None if norm_weight is None else copy_weights(norm_weight + head * HEAD_DIM, HEAD_DIM, 1, HEAD_DIM, True)
+    async_copy.commit_group()
+    k0, k1, k2 = load_parts(B + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)
+    of_row, of_column, gamma, id_row, id_column = load_pair_scales(
+        log_decay + scalars, key_log + scalars, diagonal + scalars, ids, left, False, CHUNK, RANK
+    )
+    from_start = decay_from_start(log_decay + scalars, ids, chunk, left, CHUNK, valued)
+    skip = None if D is None else gl.load(D + head).to(gl.float32)
+    fetch_chunk_ahead(
+        states, None, phase, x, z, seqlen, chunks, head_start, chunks + 1,
+        HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
+    )  # fmt: skip
+    async_copy.wait_group(1)
+    cos, sin = turn_of(hold(fraction, True))
+    q0, q1, q2 = share_turned(q0, q1, q2, c0, c1, c2, cos, sin, None, C_bias is not None, CHUNK, RANK, PAIRS, REST)
+    k0, k1, k2 = share_turned(k0, k1, k2, b0, b1, b2, cos, sin, None, B_bias is not None, CHUNK, RANK, PAIRS, REST)
+    v = share_values(raw, weight_x, CHUNK, RANK, HEAD_DIM)
+    async_copy.wait_group(0)
+    fence_async_shared()
+
+    weight = weight_pairs(of_row, of_column, gamma, id_row, id_column, ids is not None, False, CHUNK, RANK)
+    y = outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, CHUNK, RANK, HEAD_DIM, REST)
+    by_y, by_z, by_mimo_z, by_mimo_o, by_norm = gate_rows_backward(
+        y,
+        read_by_token(by_out, valued).to(gl.float32),
+        read_by_token(gate, valued).to(gl.float32),
+        None if mimo_z is None else read_by_rank(weight_z, valued),
+        None if mimo_o is None else read_by_rank(weight_o, valued),
+        None if norm_weight is None else read_by_rank(norm, valued),
+        norm_eps,
+        HEAD_DIM,
+    )
+    partial = (batch * chunks + chunk) * HEADS + head
+    store_tokens(d_z + packed, by_z, by_out, left, HEADS * HEAD_DIM, CHUNK, RANK, HEAD_DIM)
+    if mimo_z is not None:
+        by_mimo_z = share(by_mimo_z.to(dtype), CHUNK, RANK, HEAD_DIM)
+        by_mimo_o = share(by_mimo_o.to(dtype), CHUNK, RANK, HEAD_DIM)
+        fence_async_shared()
+        of_mimo_z = sum_of_tokens(by_mimo_z, RANK, HEAD_DIM)
+        of_mimo_o = sum_of_tokens(by_mimo_o, RANK, HEAD_DIM)
+        of_mimo_z, of_mimo_o = warpgroup_mma_wait(0, [of_mimo_z, of_mimo_o, by_mimo_z, by_mimo_o])[:2]
+        store_ranks(d_mimo_z + partial * (RANK * HEAD_DIM), of_mimo_z, RANK, HEAD_DIM)
+        store_ranks(d_mimo_o + partial * (RANK * HEAD_DIM), of_mimo_o, RANK, HEAD_DIM)
+    if norm_weight is not None:
+        of_norm = gl.sum(gl.sum(by_norm, axis=0), axis=0)
+        gl.store(d_norm + partial * HEAD_DIM + gl.arange(0, HEAD_DIM, of_norm.type.layout), of_norm)
+
+    by_y = by_y.to(dtype)
+    scaled = by_y.to(gl.float32) * from_start[:, None, None]
+    scaled = share(scaled.to(dtype), CHUNK, RANK, HEAD_DIM)
+    of_y = share(by_y, CHUNK, RANK, HEAD_DIM)
+    by_y = by_row(by_y, CHUNK, RANK, HEAD_DIM)
+    fence_async_shared()
+    # [rows, P] @ [rows, P]ᵀ -> [rows, rows]; [rows, P] @ [P, N] -> [rows, N]; [P, rows] @ [rows, N] -> [P, N]
+    zero = gl.zeros([64, 64], gl.float32, product_layout(64))
+    by_score = warpgroup_mma(left_operand(by_y, 64), v.permute((1, 0)), zero, use_acc=False, is_async=True)
+    d0, d1, d2 = dot_from_state(by_y, s0, s1, s2, PAIRS, REST)
+    store_rows(d_y + rows * HEAD_DIM, of_y, 64, HEAD_DIM, 64, HEAD_DIM)
+    by_score = weigh(warpgroup_mma_wait(PARTS, [by_score]), weight, CHUNK, RANK).to(dtype)
+    d0, d1 = warpgroup_mma_wait(0, [d0, d1])
+    d0 = scale_tokens(d0, from_start, CHUNK, RANK, PAIRS)
+    d1 = scale_tokens(d1, from_start, CHUNK, RANK, PAIRS)
+    if REST > 0:
+        d2 = scale_tokens(warpgroup_mma_wait(0, [d2]), from_start, CHUNK, RANK, REST)
+    # [rows, rows] @ [rows, N] -> [rows, N], from the chunk's keys
+    d0, d1, d2 = dot_onto_state(by_score, k0, k1, k2, d0, d1, d2, PAIRS, REST)
+    l0, l1, l2 = dot_from_state(scaled.permute((1, 0)), q0, q1, q2, PAIRS, REST)
+    fraction = load_by_token(phase + scalars * PAIRS, PAIRS, CHUNK, PAIRS, turned)
+    # What the products read is kept until they are through: nothing else may be put in its place before.
+    l0, l1 = warpgroup_mma_wait(0, [l0, l1, scaled, k0, k1])[:2]
+    s0.store(l0.to(dtype))
+    s1.store(l1.to(dtype))
+    if REST > 0:
+        s2.store(warpgroup_mma_wait(0, [l2, k2])[0].to(dtype))
+    local = d_local + ((batch * chunks + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
+    store_parts(local, s0, s1, s2, PAIRS, REST)
+
+    d0, d1 = warpgroup_mma_wait(0, [d0, d1])
+    if REST > 0:
+        d2 = warpgroup_mma_wait(0, [d2])
+    rotation_gradients(q0, q1, q2, d0, d1, d2, fraction, None, d_phase + rows // RANK * PAIRS, inner + scalars,
+                       CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    store_parts(d_queries + rows * D_STATE, q0, q1, q2, PAIRS, REST)

@@ -1,0 +1,87 @@
+"""Layouts of the Hopper kernels: which thread holds what, so that tiles meet without moving between threads.
+
+A tile of a chunk's rows is (CHUNK, RANK, width): in a `row_layout` where it is loaded (16 bytes a thread) and rotated,
+in an `accumulator_layout` where a product left it. What tokens or ranks share is read in slices of these.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+WARPS = 4
+
+
+@gluon.constexpr_function
+def row_layout(width, rank):
+    """For (CHUNK, RANK, width) of 16-bit numbers: eight neighbours a thread, the ranks of a token in one warp."""
+    columns = min(width // 8, 32)
+    ranks = min(rank, 32 // columns)
+    return gl.BlockedLayout([1, 1, 8], [32 // columns // ranks, ranks, columns], [WARPS, 1, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def copy_layout(width, bits):
+    """For (rows, width): 16 bytes a thread."""
+    numbers = 128 // bits
+    columns = min(width // numbers, 32)
+    return gl.BlockedLayout([1, numbers], [32 // columns, columns], [WARPS, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def product_layout(width):
+    """For (64, width), a product of the matrix units."""
+    return gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, width, 16])
+
+
+@gluon.constexpr_function
+def left_layout(width):
+    """For (64, K), the left operand in registers of a product (64, width)."""
+    return gl.DotOperandLayout(0, product_layout(width), 2)
+
+
+@gluon.constexpr_function
+def accumulator_layout(width, rank):
+    """`product_layout` seen as (CHUNK, RANK, width)."""
+
+    def row(bit):
+        return [bit // rank, 0, 0] if bit >= rank else [0, bit, 0]
+
+    columns = [[0, 0, 8 << i] for i in range((width // 8).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], row(8), *columns],
+        [[0, 0, 2], [0, 0, 4], row(1), row(2), row(4)],
+        [row(16), row(32)],
+        [],
+        [64 // rank, rank, width],
+    )
+
+
+@gluon.constexpr_function
+def pair_layout(rank):
+    """`product_layout(64)` of two chunks' rows seen as (CHUNK, RANK, CHUNK, RANK)."""
+
+    def row(bit):
+        return [bit // rank, 0, 0, 0] if bit >= rank else [0, bit, 0, 0]
+
+    def column(bit):
+        return [0, 0, bit // rank, 0] if bit >= rank else [0, 0, 0, bit]
+
+    return gl.DistributedLinearLayout(
+        [column(1), row(8), column(8), column(16), column(32)],
+        [column(2), column(4), row(1), row(2), row(4)],
+        [row(16), row(32)],
+        [],
+        [64 // rank, rank, 64 // rank, rank],
+    )
+
+
+@gluon.constexpr_function
+def operand_layout(rows, width, dtype):
+    """In shared memory, for what the matrix units read."""
+    return gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
+
+
+@gluon.constexpr_function
+def weight_layout(bits, rank, for_product):
+    """In shared memory, for a head's (RANK, width) weights: ranks in other banks, read by 16 bytes or in pairs."""
+    vector = (8 if for_product else 4) * 32 // bits
+    return gl.SwizzledSharedLayout(vector, 1, min(rank, 4), [1, 0])

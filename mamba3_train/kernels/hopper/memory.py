@@ -1,0 +1,233 @@
+"""Ways of the Hopper kernels' tiles between memory, shared memory and registers.
+
+What limits these kernels is the path between registers, L1 and shared memory: a load that touches many lines, or that
+several threads repeat, costs as much as one that brings new bytes. So whatever is not in rows of 128 bytes, or is
+needed in a product's layout, is copied to shared memory first and read from there.
+
+The N columns are three parts as in `kernels/tiles.py`, PAIRS, PAIRS and REST wide, without padding. REST may be 0: then
+the third part is 0.0 and takes part in nothing.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
+
+from mamba3_train.kernels import tiles
+from mamba3_train.kernels.hopper.layouts import (
+    accumulator_layout,
+    copy_layout,
+    operand_layout,
+    product_layout,
+    row_layout,
+    weight_layout,
+)
+
+fetch_ahead = gluon.jit(tiles.fetch_ahead.fn)
+
+
+# From memory
+
+
+@gluon.jit
+def load_rows(rows, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """WIDTH columns of a chunk's rows, STRIDE apart: (CHUNK, RANK, WIDTH), zero past the sequence's end."""
+    layout: gl.constexpr = row_layout(WIDTH, RANK)
+    token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    rank = gl.arange(0, RANK, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    return gl.load(rows + (token * RANK + rank) * STRIDE + column, mask=token < left, other=0.0)
+
+
+@gluon.jit
+def load_parts(rows, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr,
+               REST: gl.constexpr):  # fmt: skip
+    """A chunk's rows of B or C in three parts."""
+    first = load_rows(rows, left, STRIDE, CHUNK, RANK, PAIRS)
+    second = load_rows(rows + PAIRS, left, STRIDE, CHUNK, RANK, PAIRS)
+    rest = 0.0
+    if REST > 0:
+        rest = load_rows(rows + 2 * PAIRS, left, STRIDE, CHUNK, RANK, REST)
+    return first, second, rest
+
+
+@gluon.jit
+def load_by_token(tokens, STRIDE: gl.constexpr, CHUNK: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """WIDTH columns of a padded chunk's tokens, STRIDE apart, in a slice of the layout: (CHUNK, WIDTH)."""
+    slice: gl.constexpr = gl.SliceLayout(1, layout)
+    token = gl.arange(0, CHUNK, gl.SliceLayout(1, slice))[:, None]
+    return gl.load(tokens + token * STRIDE + gl.arange(0, WIDTH, gl.SliceLayout(0, slice))[None, :])
+
+
+@gluon.jit
+def copy_tile(source, rows, ROWS: gl.constexpr, STRIDE: gl.constexpr, WIDTH: gl.constexpr):
+    """Start copying (ROWS, WIDTH) numbers, STRIDE apart, to where the matrix units read; zeros from row `rows` on."""
+    dtype: gl.constexpr = source.dtype.element_ty
+    layout: gl.constexpr = copy_layout(WIDTH, 16)
+    tile = gl.allocate_shared_memory(dtype, [ROWS, WIDTH], operand_layout(ROWS, WIDTH, dtype))
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    if rows is None:
+        async_copy.async_copy_global_to_shared(tile, source + row * STRIDE + column)
+    else:
+        async_copy.async_copy_global_to_shared(tile, source + row * STRIDE + column, mask=row < rows)
+    return tile
+
+
+@gluon.jit
+def copy_state(state, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Start copying a state (P, N) in three parts."""
+    D_STATE: gl.constexpr = 2 * PAIRS + REST
+    first = copy_tile(state, None, HEAD_DIM, D_STATE, PAIRS)
+    second = copy_tile(state + PAIRS, None, HEAD_DIM, D_STATE, PAIRS)
+    rest = 0.0
+    if REST > 0:
+        rest = copy_tile(state + 2 * PAIRS, None, HEAD_DIM, D_STATE, REST)
+    return first, second, rest
+
+
+@gluon.jit
+def copy_weights(source, STRIDE: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr, FOR_PRODUCT: gl.constexpr):
+    """Start copying a head's (RANK, WIDTH) weights, rows STRIDE apart."""
+    dtype: gl.constexpr = source.dtype.element_ty
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    layout: gl.constexpr = copy_layout(WIDTH, BITS)
+    tile = gl.allocate_shared_memory(dtype, [RANK, WIDTH], weight_layout(BITS, RANK, FOR_PRODUCT))
+    rank = gl.arange(0, RANK, gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    async_copy.async_copy_global_to_shared(tile, source + rank * STRIDE + column)
+    return tile
+
+
+@gluon.jit
+def copy_bias(bias, head, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Start copying a head's bias of B or C in three parts; 0.0 without a bias."""
+    D_STATE: gl.constexpr = 2 * PAIRS + REST
+    first = 0.0
+    second = 0.0
+    rest = 0.0
+    if bias is not None:
+        at = bias + head * (RANK * D_STATE)
+        first = copy_weights(at, D_STATE, RANK, PAIRS, False)
+        second = copy_weights(at + PAIRS, D_STATE, RANK, PAIRS, False)
+        if REST > 0:
+            rest = copy_weights(at + 2 * PAIRS, D_STATE, RANK, REST, False)
+    return first, second, rest
+
+
+@gluon.jit
+def fetch_chunk_ahead(state, rows, phase, x, z, seqlen, chunks, head_start, SLOTS, HEADS: gl.constexpr,
+                      HEADS_HERE: gl.constexpr, HEAD_DIM: gl.constexpr, D_STATE: gl.constexpr, PAIRS: gl.constexpr,
+                      RANK: gl.constexpr, CHUNK: gl.constexpr, TOKEN_STRIDE: gl.constexpr,
+                      AHEAD: gl.constexpr):  # fmt: skip
+    """Bring into the L2 cache what the program AHEAD of this one copies: see `kernels/tiles.py`."""
+    program = gl.minimum(gl.program_id(0) + AHEAD, gl.num_programs(0) - 1)
+    chunk = program // HEADS_HERE
+    here = program % HEADS_HERE
+    batch = gl.program_id(1).to(gl.int64)
+    left = seqlen - chunk * CHUNK
+    head = head_start + here
+    if state is not None:
+        size: gl.constexpr = HEAD_DIM * D_STATE
+        fetch_ahead(state + ((batch * SLOTS + chunk) * HEADS_HERE + here) * size, size * 2)
+    if rows is not None:
+        of_rows: gl.constexpr = CHUNK * RANK * HEAD_DIM
+        fetch_ahead(rows + ((batch * HEADS_HERE + here) * chunks + chunk) * of_rows, of_rows * 2)
+    fetch_ahead(phase + ((batch * HEADS + head) * chunks + chunk) * (CHUNK * PAIRS), CHUNK * PAIRS * 2)
+    token = gl.arange(0, CHUNK, gl.BlockedLayout([1], [32], [4], [0]))
+    tokens = (batch * seqlen + chunk * CHUNK + gl.minimum(token, left - 1)) * TOKEN_STRIDE + head * HEAD_DIM
+    fetch_line((x + tokens).to(gl.int64))
+    if z is not None:
+        fetch_line((z + tokens).to(gl.int64))
+
+
+@gluon.jit
+def fetch_line(address):
+    """Ask for the memory at these addresses to be in the L2 cache soon."""
+    gl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], gl.int32, False, 1)
+
+
+# Views of products
+
+
+@gluon.jit
+def by_token(product, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """A product (rows, WIDTH) as (CHUNK, RANK, WIDTH)."""
+    tile = gl.reshape(product, [CHUNK, RANK, WIDTH])
+    return gl.convert_layout(tile, accumulator_layout(WIDTH, RANK), assert_trivial=True)
+
+
+@gluon.jit
+def by_row(tile, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """The way back from `by_token`."""
+    rows = gl.reshape(tile, [CHUNK * RANK, WIDTH])
+    return gl.convert_layout(rows, product_layout(WIDTH), assert_trivial=True)
+
+
+# From and to shared memory
+
+
+@gluon.jit
+def read_by_token(tile, layout: gl.constexpr):
+    """(CHUNK, width) of shared memory as (CHUNK, 1, width), in a slice of the layout."""
+    return tile.load(gl.SliceLayout(1, layout))[:, None, :]
+
+
+@gluon.jit
+def read_by_rank(tile, layout: gl.constexpr):
+    """(RANK, width) of shared memory as (1, RANK, width) in float32."""
+    return tile.load(gl.SliceLayout(0, layout)).to(gl.float32)[None, :, :]
+
+
+@gluon.jit
+def share(rows, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """(CHUNK, RANK, WIDTH) to where the matrix units read, as (CHUNK · RANK, WIDTH)."""
+    ROWS: gl.constexpr = CHUNK * RANK
+    tile = gl.reshape(rows, [ROWS, WIDTH])
+    return gl.allocate_shared_memory(rows.dtype, [ROWS, WIDTH], operand_layout(ROWS, WIDTH, rows.dtype), tile)
+
+
+@gluon.jit
+def store_rows(target, tile, rows, STRIDE: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """The first `rows` rows of a tile of shared memory, (ROWS, WIDTH), to memory, STRIDE apart."""
+    layout: gl.constexpr = copy_layout(WIDTH, 16)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    gl.store(target + row * STRIDE + column, tile.load(layout), mask=row < rows)
+
+
+@gluon.jit
+def store_parts(target, a0, a1, a2, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Three parts in shared memory to 64 contiguous rows of memory."""
+    D_STATE: gl.constexpr = 2 * PAIRS + REST
+    store_rows(target, a0, 64, D_STATE, 64, PAIRS)
+    store_rows(target + PAIRS, a1, 64, D_STATE, 64, PAIRS)
+    if REST > 0:
+        store_rows(target + 2 * PAIRS, a2, 64, D_STATE, 64, REST)
+
+
+@gluon.jit
+def store_by_token(target, tile, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, WIDTH: gl.constexpr):
+    """(CHUNK, WIDTH), a slice of a product, to the first `left` tokens of memory, STRIDE apart."""
+    token = gl.arange(0, CHUNK, gl.SliceLayout(1, tile.type.layout))[:, None]
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, tile.type.layout))[None, :]
+    gl.store(target + token * STRIDE + column, tile.to(target.dtype.element_ty), mask=token < left)
+
+
+@gluon.jit
+def store_tokens(target, tile, scratch, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+                 WIDTH: gl.constexpr):  # fmt: skip
+    """(CHUNK, RANK, WIDTH), summed over ranks, to the first `left` tokens of memory, by way of (64, WIDTH) scratch."""
+    if RANK > 1:
+        store_by_token(target, gl.sum(tile, axis=1), left, STRIDE, CHUNK, WIDTH)
+    else:
+        scratch.store(by_row(tile, CHUNK, RANK, WIDTH).to(scratch.dtype))
+        store_rows(target, scratch, left, STRIDE, CHUNK, WIDTH)
+
+
+@gluon.jit
+def store_ranks(target, product, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """The first RANK rows of `sum_of_tokens` to contiguous memory."""
+    layout: gl.constexpr = product_layout(WIDTH)
+    rank = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    gl.store(target + rank * WIDTH + column, product, mask=rank < RANK)

@@ -1,0 +1,242 @@
+"""What the Hopper kernels do with tiles in registers and on the matrix units: counterparts of `kernels/tiles.py`.
+
+Products are only started here, each a group of its own; the caller waits for them.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+
+from mamba3_train.kernels import tiles
+from mamba3_train.kernels.hopper.layouts import (
+    accumulator_layout,
+    left_layout,
+    pair_layout,
+    product_layout,
+    row_layout,
+)
+from mamba3_train.kernels.hopper.memory import (
+    by_row,
+    by_token,
+    read_by_rank,
+    read_by_token,
+    share,
+    store_by_token,
+)
+
+exp2 = gluon.jit(tiles.exp2.fn)
+cosine_sine = gluon.jit(tiles.cosine_sine.fn)
+hold = gluon.jit(tiles.hold.fn)
+
+
+# In registers
+
+
+@gluon.jit
+def turn_of(fraction):
+    """Cosine and sine of (CHUNK, pairs) phases, to fit (CHUNK, RANK, pairs)."""
+    cos, sin = cosine_sine(fraction, True)
+    return cos[:, None, :], sin[:, None, :]
+
+
+@gluon.jit
+def share_turned(a0, a1, a2, b0, b1, b2, cos, sin, rest_scale, BIAS: gl.constexpr, CHUNK: gl.constexpr,
+                 RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """Rows of B or C plus their bias, turned, the rest times rest_scale where it is given, in shared memory."""
+    dtype: gl.constexpr = a0.dtype
+    pairs: gl.constexpr = row_layout(PAIRS, RANK)
+    first = hold(a0, True).to(gl.float32)
+    second = hold(a1, True).to(gl.float32)
+    if BIAS:
+        first += read_by_rank(b0, pairs)
+        second += read_by_rank(b1, pairs)
+    a0 = share((first * cos - second * sin).to(dtype), CHUNK, RANK, PAIRS)
+    a1 = share((first * sin + second * cos).to(dtype), CHUNK, RANK, PAIRS)
+    if REST > 0:
+        rest = hold(a2, True)
+        if BIAS:
+            rest = rest.to(gl.float32) + read_by_rank(b2, row_layout(REST, RANK))
+        if rest_scale is not None:
+            rest = rest.to(gl.float32) * rest_scale
+        a2 = share(rest.to(dtype), CHUNK, RANK, REST)
+    return a0, a1, a2
+
+
+@gluon.jit
+def share_values(raw, mimo_x, CHUNK: gl.constexpr, RANK: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Tokens x (CHUNK, P) times mimo_x (RANK, P), both in shared memory, as rows there; x itself without mimo_x."""
+    if RANK == 1 and mimo_x is None:
+        return raw
+    else:
+        layout: gl.constexpr = row_layout(HEAD_DIM, RANK)
+        rows = read_by_token(raw, layout).to(gl.float32) * read_by_rank(mimo_x, layout)
+        return share(rows.to(raw.dtype), CHUNK, RANK, HEAD_DIM)
+
+
+@gluon.jit
+def load_pair_scales(log_decay, key_log, diagonal, ids, left, KEYS_IN_ROWS: gl.constexpr, CHUNK: gl.constexpr,
+                     RANK: gl.constexpr):  # fmt: skip
+    """What `weight_pairs` needs of a chunk's scales, from pointers to them; its ids are 0 without documents."""
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, pair_layout(RANK)))
+    row = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
+    column = gl.arange(0, CHUNK, gl.SliceLayout(0, layout))
+    if KEYS_IN_ROWS:
+        of_row = gl.load(key_log + row)
+        of_column = gl.load(log_decay + column)
+    else:
+        of_row = gl.load(log_decay + row)
+        of_column = gl.load(key_log + column)
+    gamma = gl.load(diagonal + row)
+    id_row = 0
+    id_column = 0
+    if ids is not None:
+        id_row = gl.load(ids + gl.minimum(row, left - 1))
+        id_column = gl.load(ids + gl.minimum(column, left - 1))
+    return of_row, of_column, gamma, id_row, id_column
+
+
+@gluon.jit
+def weight_pairs(of_row, of_column, gamma, id_row, id_column, DOCUMENTS: gl.constexpr, KEYS_IN_ROWS: gl.constexpr,
+                 CHUNK: gl.constexpr, RANK: gl.constexpr):  # fmt: skip
+    """Weight of every key in the output of every query of a chunk, one a pair of tokens: see `weigh_pairs` in
+    `kernels/tiles.py`. From `load_pair_scales`; (CHUNK, CHUNK) in a slice of `pair_layout`.
+    """
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, pair_layout(RANK)))
+    row = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, CHUNK, gl.SliceLayout(0, layout))[None, :]
+    if KEYS_IN_ROWS:
+        weight = exp2(of_column[None, :] - of_row[:, None], True)
+        earlier = row < column
+    else:
+        weight = exp2(of_row[:, None] - of_column[None, :], True)
+        earlier = row > column
+    if DOCUMENTS:
+        earlier = earlier & (id_row[:, None] == id_column[None, :])
+    return gl.where(earlier, weight, gl.where(row == column, gamma[:, None], 0.0))
+
+
+@gluon.jit
+def weigh(pairs, weight, CHUNK: gl.constexpr, RANK: gl.constexpr):
+    """(rows, rows) products times their tokens' weights."""
+    tile = gl.reshape(pairs, [CHUNK, RANK, CHUNK, RANK])
+    tile = gl.convert_layout(tile, pair_layout(RANK), assert_trivial=True) * weight[:, None, :, None]
+    return gl.convert_layout(gl.reshape(tile, [64, 64]), product_layout(64), assert_trivial=True)
+
+
+@gluon.jit
+def decay_from_start(log_decay, ids, chunk, left, CHUNK: gl.constexpr, layout: gl.constexpr):
+    """Each token's decay since the chunk's start, (CHUNK,); 0 for documents that began in the chunk."""
+    token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    scale = exp2(gl.load(log_decay + token), True)
+    if ids is not None:
+        running = gl.load(ids + gl.maximum(-1, -chunk * CHUNK))
+        scale = gl.where(gl.load(ids + gl.minimum(token, left - 1)) == running, scale, 0.0)
+    return scale
+
+
+@gluon.jit
+def decay_to_end(log_decay, key_log, ids, left, CHUNK: gl.constexpr, layout: gl.constexpr):
+    """What of each token's key is left at the chunk's end, (CHUNK,); 0 where another document ends the chunk."""
+    token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    scale = exp2(gl.load(log_decay + CHUNK - 1) - gl.load(key_log + token), True)
+    if ids is not None:
+        ending = gl.load(ids + gl.minimum(CHUNK - 1, left - 1))
+        scale = gl.where(gl.load(ids + gl.minimum(token, left - 1)) == ending, scale, 0.0)
+    return scale
+
+
+@gluon.jit
+def scale_tokens(product, scale, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """A product's rows times their tokens' scale, (CHUNK,) in a slice of any `accumulator_layout`."""
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, accumulator_layout(WIDTH, RANK)))
+    scale = gl.convert_layout(scale, layout, assert_trivial=True)[:, None, None]
+    return by_row(by_token(product, CHUNK, RANK, WIDTH) * scale, CHUNK, RANK, WIDTH)
+
+
+@gluon.jit
+def rotation_gradients(v0, v1, v2, d0, d1, d2, fraction, earlier, d_phase, inner, CHUNK: gl.constexpr,
+                       RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """Turn the gradients d of turned rows v back, into v's shared memory; store what they give by phase, and ⟨v, d⟩.
+
+    earlier: gradients by phase to add, or None. See `rotation_gradients`, `rotate_back` in `kernels/tiles.py`.
+    """
+    first = by_token(v0.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS).to(gl.float32)
+    second = by_token(v1.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS).to(gl.float32)
+    d0 = by_token(d0, CHUNK, RANK, PAIRS)
+    d1 = by_token(d1, CHUNK, RANK, PAIRS)
+    by_angle = gl.sum(first * d1 - second * d0, axis=1)
+    if earlier is not None:
+        by_angle += earlier
+    store_by_token(d_phase, by_angle, CHUNK, PAIRS, CHUNK, PAIRS)
+    by_decay = gl.sum(gl.sum(first * d0 + second * d1, axis=2), axis=1)
+    if REST > 0:
+        rest = by_token(v2.load(product_layout(REST)), CHUNK, RANK, REST).to(gl.float32)
+        by_rest = gl.sum(gl.sum(rest * by_token(d2, CHUNK, RANK, REST), axis=2), axis=1)
+        by_decay += gl.convert_layout(by_rest, by_decay.type.layout)
+    gl.store(inner + gl.arange(0, CHUNK, by_decay.type.layout), by_decay)
+    cos, sin = turn_of(fraction)
+    v0.store(by_row(d0 * cos + d1 * sin, CHUNK, RANK, PAIRS).to(v0.dtype))
+    v1.store(by_row(d1 * cos - d0 * sin, CHUNK, RANK, PAIRS).to(v1.dtype))
+    if REST > 0:
+        v2.store(d2.to(v2.dtype))
+
+
+# On the matrix units
+
+
+@gluon.jit
+def sum_of_tokens(tile, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """Sum each rank's rows of (rows, WIDTH) in shared memory: in the first RANK rows of the product, one group.
+
+    The matrix units sum for less than it takes to pass float32 numbers from warp to warp.
+    """
+    layout: gl.constexpr = left_layout(WIDTH)
+    rank = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+    row = gl.arange(0, 64, gl.SliceLayout(0, layout))[None, :]
+    selected = gl.where(row % RANK == rank, 1.0, 0.0).to(tile.dtype)
+    # [ranks, rows] @ [rows, WIDTH] -> [ranks, WIDTH]
+    zero = gl.zeros([64, WIDTH], gl.float32, product_layout(WIDTH))
+    return warpgroup_mma(selected, tile, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def dot_over_state(a0, a1, a2, b0, b1, b2, REST: gl.constexpr):
+    """[64, N] @ [64, N]ᵀ -> [64, 64], both in three parts: as many groups as there are parts."""
+    product = gl.zeros([64, 64], gl.float32, product_layout(64))
+    product = warpgroup_mma(a0, b0.permute((1, 0)), product, use_acc=False, is_async=True)
+    product = warpgroup_mma(a1, b1.permute((1, 0)), product, is_async=True)
+    if REST > 0:
+        product = warpgroup_mma(a2, b2.permute((1, 0)), product, is_async=True)
+    return product
+
+
+@gluon.jit
+def left_operand(a, WIDTH: gl.constexpr):
+    """A tile in registers as the left operand of a product WIDTH wide; one in shared memory as it is."""
+    if isinstance(a, gl.tensor):
+        return gl.convert_layout(a, left_layout(WIDTH))
+    else:
+        return a
+
+
+@gluon.jit
+def dot_from_state(a, b0, b1, b2, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """[64, K] @ [K, N] -> [64, N] in three parts, a in registers or in shared memory."""
+    zero = gl.zeros([64, PAIRS], gl.float32, product_layout(PAIRS))
+    c0 = warpgroup_mma(left_operand(a, PAIRS), b0, zero, use_acc=False, is_async=True)
+    c1 = warpgroup_mma(left_operand(a, PAIRS), b1, zero, use_acc=False, is_async=True)
+    c2 = 0.0
+    if REST > 0:
+        rest = gl.zeros([64, REST], gl.float32, product_layout(REST))
+        c2 = warpgroup_mma(left_operand(a, REST), b2, rest, use_acc=False, is_async=True)
+    return c0, c1, c2
+
+
+@gluon.jit
+def dot_onto_state(a, b0, b1, b2, c0, c1, c2, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """[64, K] @ [K, N] + [64, N] -> [64, N] in three parts, a in registers."""
+    c0 = warpgroup_mma(left_operand(a, PAIRS), b0, c0, is_async=True)
+    c1 = warpgroup_mma(left_operand(a, PAIRS), b1, c1, is_async=True)
+    if REST > 0:
+        c2 = warpgroup_mma(left_operand(a, REST), b2, c2, is_async=True)
+    return c0, c1, c2
