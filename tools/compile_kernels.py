@@ -142,6 +142,7 @@ def main(sizes, arch, chunk):
     triton_scan.run = decode_step.run = compile_instead
     if arch < 90:
         scan_sizes.programs_ahead = lambda device: 0
+    scan_sizes.shared_memory = lambda device: SHARED_MEMORY[arch]
     on_hopper = scan_sizes.runs_on_hopper
     for size, gear in itertools.product(sizes, ("portable", "hopper") if arch == 90 else ("portable",)):
         scan_sizes.runs_on_hopper = on_hopper if gear == "hopper" else lambda *_: False

@@ -49,6 +49,9 @@ SINGLE = {
 }
 # Options of the kernels of `kernels.hopper`: three blocks a multiprocessor.
 HOPPER = {"outputs": (4, 168), "queries": (4, 168), "keys": (4, 168)}
+# Rows of a tile where a block has less than 128 KiB of shared memory (GPUs other than data-centre ones), unmeasured.
+# In float32 the largest sizes do not fit there at all: a tile has at least 16 rows.
+SMALL = {256 * 128: 16}
 RANKS, HEAD_DIMS = (1, 2, 4, 8), (16, 32, 64, 128)
 
 
@@ -71,15 +74,18 @@ def check_sizes(rank: int, head_dim: int, d_state: int, dtype: torch.dtype) -> N
         raise ValueError(f"backend 'triton' takes an even d_state from 16 to 256, got {d_state}: use 'reference'")
 
 
-def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: int = 0) -> Launch:
-    """The configuration for these sizes; chunk 0 is the table's.
+def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: int = 0, shared_kib: int = 227) -> Launch:
+    """The configuration for these sizes; chunk 0 is the table's; shared_kib: shared memory a block may have, in KiB.
 
     Raises:
         ValueError: sizes or a dtype that no kernel serves.
     """
     check_sizes(rank, head_dim, d_state, dtype)
     table = SINGLE if dtype == torch.float32 else HALF
-    rows, heads, options = next(value for size, value in table.items() if d_state * head_dim <= size)
+    size = next(size for size in table if d_state * head_dim <= size)
+    rows, heads, options = table[size]
+    if shared_kib < 128:
+        rows = min(rows, SMALL.get(size, rows))
     largest, least = rows // rank, max(1, 16 // rank)
     if chunk and (chunk & (chunk - 1) or not least <= chunk <= largest):
         raise ValueError(
@@ -133,6 +139,13 @@ def hopper():
     from mamba3_train.kernels import hopper as package
 
     return package
+
+
+def shared_memory(device: torch.device) -> int:
+    """KiB of shared memory that a block may have; as on Hopper where nothing runs on a GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 227
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
 
 
 def programs_ahead(device: torch.device) -> int:

@@ -19,6 +19,7 @@ from mamba3_train.kernels.launch import (
     interpreted,
     programs_ahead,
     runs_on_hopper,
+    shared_memory,
 )
 
 
@@ -49,7 +50,7 @@ class Sizes:
         dtype, device = inputs.x.dtype, inputs.x.device
         on_hopper = False
         if isinstance(launch, int):
-            launch = choose(rank, head_dim, d_state, dtype, launch)
+            launch = choose(rank, head_dim, d_state, dtype, launch, shared_memory(device))
             on_hopper = runs_on_hopper(inputs, launch.chunk)
             launch = launch._replace(**HOPPER) if on_hopper else launch
         return cls(batch, seqlen, heads, groups, head_dim, d_state, pairs, rank, dtype, device, launch, on_hopper)

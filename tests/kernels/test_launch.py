@@ -31,3 +31,12 @@ def test_a_kernel_that_does_not_fit_the_gpu_is_refused_with_what_to_do(monkeypat
     message = "chunk_keys_backward_kernel needs 131,072 of shared memory .* has 101,376: use a smaller chunk_size"
     with pytest.raises(RuntimeError, match=message):
         launch.run(TooLarge(), (1,))
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_small_shared_memory_takes_smaller_tiles_of_the_largest_sizes_only(rank):
+    def rows(head_dim, d_state, shared_kib):
+        return rank * launch.choose(rank, head_dim, d_state, torch.float16, shared_kib=shared_kib).chunk
+
+    assert (rows(128, 256, 227), rows(128, 256, 99)) == (32, 16)
+    assert rows(64, 128, 227) == rows(64, 128, 99) == 64
