@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
         in_place = {"x", "z"} if len(strides) == 1 and None not in strides else set()
         return Inputs(
             *(
-                None if tensor is None else _aligned(tensor if name in in_place else tensor.contiguous())
+                None if tensor is None else aligned(tensor if name in in_place else tensor.contiguous())
                 for name, tensor in zip(self._fields, self, strict=True)
             )
         )
@@ -49,7 +49,8 @@ class Inputs(NamedTuple):
         return _token_stride(self.x)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor at an address divisible by 16, which copies to shared memory ask for: a copy where it is not."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 

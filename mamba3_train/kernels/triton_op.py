@@ -5,7 +5,7 @@ Importing this needs no Triton: the kernels are imported when the operator first
 
 import torch
 
-from mamba3_train.kernels.inputs import Inputs
+from mamba3_train.kernels.inputs import Inputs, aligned
 
 _INPUTS = (
     "Tensor x, Tensor B, Tensor C, Tensor dt, Tensor A, Tensor? trap, Tensor? angles, Tensor? B_bias, Tensor? C_bias, "
@@ -69,7 +69,7 @@ def scan_backward(d_out, d_last, *arguments):
     *scales, y = kept
     kept = Kept(Scales(*scales), y if y.numel() else None) if scales[0].numel() else None
     d_last = None if d_last is None else d_last.contiguous()
-    grads = scan_backward(Inputs(*tensors).readable(), norm_eps, d_out.contiguous(), d_last, kept, chunk)
+    grads = scan_backward(Inputs(*tensors).readable(), norm_eps, aligned(d_out.contiguous()), d_last, kept, chunk)
     return [grad for grad in grads if grad is not None]
 
 

@@ -140,7 +140,7 @@ def test_columns_of_a_projection_are_read_in_place(sizes):
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("change", ["odd width", "z elsewhere", "transposed", "rows apart"])
+@pytest.mark.parametrize("change", ["odd width", "z elsewhere", "transposed", "rows apart", "odd address"])
 def test_what_cannot_be_read_in_place_is_copied(change):
     contiguous = inputs_of(seqlen=18)
     inputs = as_columns(contiguous, width=81) if change == "odd width" else as_columns(contiguous)
@@ -150,9 +150,13 @@ def test_what_cannot_be_read_in_place_is_copied(change):
         inputs |= {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("x", "z")}
     if change == "rows apart":
         inputs |= {name: torch.cat([contiguous[name]] * 2, dim=1)[:, :18] for name in ("x", "z")}
+    if change == "odd address":
+        for name in ("x", "z"):
+            inputs[name] = torch.cat([torch.zeros(1), contiguous[name].flatten()])[1:].view(contiguous[name].shape)
     readable = Inputs(*(inputs.get(name) for name in Inputs._fields)).readable()
     assert readable.x.is_contiguous()
     assert readable.z.is_contiguous()
+    assert readable.x.data_ptr() % 16 == 0
     assert readable.token_stride == 32
     assert torch.equal(readable.x, contiguous["x"])
 
