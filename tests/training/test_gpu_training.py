@@ -47,9 +47,14 @@ def test_same_loss_curve_with_either_kernels(rank):
     expected = train("reference", mixer, torch.bfloat16)
     losses = train("triton", mixer, torch.bfloat16)
     noise = (train("reference", mixer, torch.float32) - expected).abs()
-    assert expected[-20:].mean() < 2.5, "it was meant to learn"
+    first, mean, last = abs(losses[0] - expected[0]), (losses - expected).abs().mean(), losses[-20:].mean()
+    found = (
+        f"last 20 steps: reference {expected[-20:].mean():.4f}, triton {last:.4f}; apart at the first step "
+        f"{first:.5f}, in the mean {mean:.5f}; bfloat16 and float32 in the mean {noise.mean():.5f}"
+    )
+    print(found)
+    assert expected[-20:].mean() < 2.5, f"it was meant to learn: {found}"
     # The first step differs by rounding alone; later ones no more than bfloat16 differs from float32.
-    assert abs(losses[0] - expected[0]) < 2e-3
-    assert (losses - expected).abs().mean() < 2 * noise.mean() + 2e-3
-    assert abs(losses[-20:].mean() - expected[-20:].mean()) < 0.02
-    print(f"rank {rank}: last 20 steps reference {expected[-20:].mean():.4f}, triton {losses[-20:].mean():.4f}")
+    assert first < 2e-3, found
+    assert mean < 2 * noise.mean() + 2e-3, found
+    assert abs(last - expected[-20:].mean()) < 0.02, found
