@@ -70,6 +70,7 @@ def step_memory(
     shards: int,
     recompute: str = "none",
     passes: int = 1,
+    on_hopper: bool = True,
 ) -> Memory:
     """Memory of a step.
 
@@ -81,6 +82,7 @@ def step_memory(
         shards: devices that share one copy of the model.
         recompute: `none`, `selective` or `full`.
         passes: forward and backward passes of one step on one GPU: micro-batches, times segments.
+        on_hopper: whether the GPU is of the kind that `kernels.hopper` is for (H100, H200).
 
     Raises:
         UserError: an unknown strategy.
@@ -88,7 +90,7 @@ def step_memory(
     if strategy not in SHARDED:
         raise UserError(f"strategy={strategy} is not one that a plan knows: {', '.join(SHARDED)}")
     tokens, layer = rows * length, _layer_parameters(config, cost)
-    saved, again = _layers_save(config, length, recompute)
+    saved, again = _layers_save(config, length, recompute, on_hopper)
     # Layers that recompute cast again, too, and stage 3 gathers matrices in bfloat16 each time.
     keeps_casts = recompute == "none" and strategy != "deepspeed_zero3"
     backward = 4 * config.padded_vocab_size * config.d_model
@@ -144,9 +146,9 @@ def _head(config: Mamba3Config, tokens: int) -> float:
     return 2 * weight + 4 * weight + logits + hidden
 
 
-def _layers_save(config: Mamba3Config, length: int, recompute: str) -> tuple[float, float]:
+def _layers_save(config: Mamba3Config, length: int, recompute: str, on_hopper: bool) -> tuple[float, float]:
     """Bytes a token that all layers keep for the backward pass, and that one of them computes again in it, at most."""
-    by_kind = {kind: layer_saves(config, kind, length) for kind in set(config.layers)}
+    by_kind = {kind: layer_saves(config, kind, length, on_hopper) for kind in set(config.layers)}
     kept = {
         kind: {"none": sum(saved), "selective": saved.expensive, "full": 0}[recompute]
         for kind, saved in by_kind.items()
@@ -155,9 +157,9 @@ def _layers_save(config: Mamba3Config, length: int, recompute: str) -> tuple[flo
     return sum(4 * config.d_model + kept[kind] for kind in config.layers), again
 
 
-def layer_saves(config: Mamba3Config, kind: str, length: int) -> Saved:
+def layer_saves(config: Mamba3Config, kind: str, length: int, on_hopper: bool = True) -> Saved:
     """What a compiled layer saves, as PyTorch's partitioner chooses it, but for the norms' one number a row."""
-    expensive, cheap = _mamba_saves(config) if kind == "M" else _attention_saves(config, length)
+    expensive, cheap = _mamba_saves(config, on_hopper) if kind == "M" else _attention_saves(config, length)
     cheap += 2 * config.d_model  # the norm's result
     if config.d_mlp:
         expensive += 2 * config.d_model + 2 * 2 * config.d_mlp  # results of the mixer and of fc1
@@ -165,13 +167,13 @@ def layer_saves(config: Mamba3Config, kind: str, length: int) -> Saved:
     return Saved(expensive, cheap)
 
 
-def _mamba_saves(config: Mamba3Config) -> Saved:
+def _mamba_saves(config: Mamba3Config, on_hopper: bool) -> Saved:
     mixer = config.mixer
     heads, shared = mixer.heads(config.d_model), mixer.rank * mixer.groups * mixer.d_state
     inner = heads * mixer.head_dim
     projected = 2 * sum(mixer.in_proj_widths(config.d_model).values())  # x, z, trap and angles are read in it
     scales = 3 * 4 * heads + 2 * heads * mixer.rotated_pairs
-    kept_y = 2 * inner if mixer.rank == 1 and not mixer.output_norm else 0
+    kept_y = 2 * inner if scan_keeps_y(mixer, on_hopper) else 0
     # Cheap: B and C behind their norm; dt and A, in float32.
     return Saved(projected + scales + 2 * inner + kept_y, 2 * 2 * shared + 2 * 4 * heads)
 
@@ -194,8 +196,9 @@ def scan_workspace(config: Mamba3Config) -> float:
     # States before a chunk, their gradients there and at its end; the gradients of y and of the phases.
     a_head = 3 * 2 * width * mixer.d_state / chunk + 2 * rank * width + 4 * mixer.rotated_pairs
     inputs = 2 * 2 * heads * width + 2 * 4 * rank * mixer.groups * mixer.d_state  # of x and z, B and C
-    # The biases' by blocks of 32 tokens, the rank weights' by chunks.
-    weights = 4 * heads * rank * (2 * mixer.d_state / 32 + (3 * width / chunk if rank > 1 else 0))
+    # The biases' by blocks of tokens, as `kernels.head_sum.tile`, the rank weights' by chunks.
+    a_block, rank_weights = (16, 0) if rank == 1 else (32, 3 * width / chunk)
+    weights = 4 * heads * rank * (2 * mixer.d_state / a_block + rank_weights)
     return min(heads, heads_here) * a_head + inputs + weights
 
 
@@ -203,3 +206,10 @@ def scan_passes(mixer: MixerConfig) -> tuple[int, int]:
     """Tokens of a chunk and heads of a backward pass, as `kernels.launch.choose`, which Triton must be there for."""
     rows, heads = (64, 32) if mixer.d_state * mixer.head_dim <= 128 * 64 else (32, 8)
     return rows // mixer.rank, max(1, heads // max(1, mixer.rank // 2))
+
+
+def scan_keeps_y(mixer: MixerConfig, on_hopper: bool) -> bool:
+    """Whether the scan keeps y, as `kernels.sizes.Sizes` in 16 bit: Hopper's kernels do not, where they serve."""
+    pairs, rest = mixer.rotated_pairs, mixer.d_state - 2 * mixer.rotated_pairs
+    served = mixer.head_dim == 64 and mixer.d_state <= 128 and pairs in (16, 32, 64) and rest in (0, 16, 32, 64)
+    return mixer.rank == 1 and not mixer.output_norm and not (on_hopper and served)
