@@ -29,15 +29,14 @@ HEADS, HEAD_DIM, D_STATE, PAIRS = 64, 64, 128, 32
 SHAPES = ((8, 2048), (2, 8192), (1, 16384))
 
 
-def layer_inputs(batch, seqlen, rank):
-    """Tensors as the 1.5B mixer makes them: bfloat16 activations, float32 steps, decays and weights."""
+def layer_inputs(batch, seqlen, rank, head_dim=HEAD_DIM, d_state=D_STATE, half=torch.bfloat16):
+    """Tensors as the 1.5B mixer makes them: 16-bit activations, float32 steps, decays and weights."""
     torch.manual_seed(0)
 
     def normal(*shape, dtype=torch.float32):
         return torch.randn(*shape, device="cuda").to(dtype)
 
-    half = torch.bfloat16
-    wide, shared = (batch, seqlen, HEADS, HEAD_DIM), (batch, seqlen, rank, 1, D_STATE)
+    wide, shared = (batch, seqlen, HEADS, head_dim), (batch, seqlen, rank, 1, d_state)
     log_step = torch.empty(HEADS, device="cuda").uniform_(-6.9, -2.3)
     decay = normal(batch, seqlen, HEADS)
     inputs = {
@@ -47,14 +46,14 @@ def layer_inputs(batch, seqlen, rank):
         "dt": F.softplus(0.5 * normal(batch, seqlen, HEADS) + log_step.exp().expm1().log()),
         "A": -torch.where(decay >= 0, 1 + decay, 1 / (1 - decay)),
         "trap": normal(batch, seqlen, HEADS, dtype=half),
-        "angles": normal(batch, seqlen, PAIRS, dtype=half),
-        "B_bias": torch.ones(HEADS, rank, D_STATE, device="cuda"),
-        "C_bias": torch.ones(HEADS, rank, D_STATE, device="cuda"),
+        "angles": normal(batch, seqlen, d_state // 4, dtype=half),
+        "B_bias": torch.ones(HEADS, rank, d_state, device="cuda"),
+        "C_bias": torch.ones(HEADS, rank, d_state, device="cuda"),
         "D": torch.ones(HEADS, device="cuda"),
         "z": normal(*wide, dtype=half),
     }
     if rank > 1:
-        inputs |= {name: normal(HEADS, rank, HEAD_DIM) / rank for name in ("mimo_x", "mimo_z", "mimo_o")}
+        inputs |= {name: normal(HEADS, rank, head_dim) / rank for name in ("mimo_x", "mimo_z", "mimo_o")}
     return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
 
 

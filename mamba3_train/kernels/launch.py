@@ -1,11 +1,23 @@
 """How the kernels are launched: tile sizes, warps and heads a pass for each regime, and what is refused.
 
-One configuration a regime, no tuning at run time: every rank and every run computes the same bits. Measured on H200
-(compute capability 9.0); other devices run the same table, unmeasured.
+One configuration a regime, no tuning at run time: every rank and every run computes the same bits. The regimes are the
+rows of launch_table.json, which `tools/tune_kernels.py` writes:
+
+    "half" and "single", the portable kernels at 16 and 32 bit, and "hopper", those of `kernels.hopper`; by the largest
+    d_state · head_dim they serve, of which the first that fits is taken:
+    rows        of a tile
+    small_rows  the same where a block has less than 128 KiB of shared memory (GPUs other than data-centre ones)
+    heads       of a pass at ranks 1 and 2
+    kernels     warps of single kernels, and registers a thread or null, where they are not the compiler's choice
+
+Measured on H200 (compute capability 9.0): "half" and "hopper" of 8192, 128 · 64. The others were only run or
+(small_rows) compiled; other devices run the same table.
 """
 
+import json
 import re
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,21 +49,7 @@ class Launch(NamedTuple):
         return options if registers is None or interpreted() else options | {"maxnreg": registers}
 
 
-# By the largest d_state · head_dim they serve (the first that fits is taken): rows of a tile, heads of a pass at
-# ranks 1 and 2, and options of single kernels. (128 · 64, 16 bit) was measured; the others were only run.
-HALF = {
-    128 * 64: (64, 32, {"outputs": (4, 168), "outputs_backward": (4, 168)}),
-    256 * 128: (32, 8, {}),
-}
-SINGLE = {
-    128 * 64: (32, 8, {}),
-    256 * 128: (16, 4, {}),
-}
-# Options of the kernels of `kernels.hopper`: three blocks a multiprocessor.
-HOPPER = {"outputs": (4, 168), "queries": (4, 168), "keys": (4, 168)}
-# Rows of a tile where a block has less than 128 KiB of shared memory (GPUs other than data-centre ones), unmeasured.
-# In float32 the largest sizes do not fit there at all: a tile has at least 16 rows.
-SMALL = {256 * 128: 16}
+TABLE = Path(__file__).with_name("launch_table.json")
 RANKS, HEAD_DIMS = (1, 2, 4, 8), (16, 32, 64, 128)
 
 
@@ -81,11 +79,10 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: in
         ValueError: sizes or a dtype that no kernel serves.
     """
     check_sizes(rank, head_dim, d_state, dtype)
-    table = SINGLE if dtype == torch.float32 else HALF
-    size = next(size for size in table if d_state * head_dim <= size)
-    rows, heads, options = table[size]
+    regime = find("single" if dtype == torch.float32 else "half", d_state * head_dim)
+    rows, heads = regime["rows"], regime["heads"]
     if shared_kib < 128:
-        rows = min(rows, SMALL.get(size, rows))
+        rows = regime.get("small_rows", rows)
     largest, least = rows // rank, max(1, 16 // rank)
     if chunk and (chunk & (chunk - 1) or not least <= chunk <= largest):
         raise ValueError(
@@ -95,8 +92,16 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: in
         chunk=chunk or largest,
         heads=max(1, heads // max(1, rank // 2)),
         forward_heads=max(1, 2 * heads // rank),
-        **options,
+        **regime["kernels"],
     )
+
+
+@cache
+def find(gear: str, size: int) -> dict:
+    """The table's row for kernels of this gear and d_state · head_dim; pairs of warps and registers as tuples."""
+    rows = json.loads(TABLE.read_text())[gear]
+    row = next(row for largest, row in rows.items() if size <= int(largest))
+    return row | {"kernels": {kernel: tuple(options) for kernel, options in row["kernels"].items()}}
 
 
 def heads_in_pass(heads: int, groups: int, wanted: int) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor
 from mamba3_train.kernels import state_passing
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import (
-    HOPPER,
     Launch,
     choose,
+    find,
     heads_in_pass,
     hopper,
     interpreted,
@@ -52,7 +52,8 @@ class Sizes:
         if isinstance(launch, int):
             launch = choose(rank, head_dim, d_state, dtype, launch, shared_memory(device))
             on_hopper = runs_on_hopper(inputs, launch.chunk)
-            launch = launch._replace(**HOPPER) if on_hopper else launch
+            if on_hopper:
+                launch = launch._replace(**find("hopper", d_state * head_dim)["kernels"])
         return cls(batch, seqlen, heads, groups, head_dim, d_state, pairs, rank, dtype, device, launch, on_hopper)
 
     def in_forward(self) -> "Sizes":
