@@ -120,7 +120,7 @@ def hopper_chunk_keys_backward_kernel(
     same = gl.sum(gl.where(row // RANK == column // RANK, scores * by_score, 0.0), axis=1)
     same = gl.sum(gl.reshape(same, [CHUNK, RANK]), axis=1)
     gl.store(d_diagonal + scalars + gl.arange(0, CHUNK, same.type.layout), same)
-    of_row = gl.sum(gl.where(row == column, by_score, 0.0), axis=1)
+    on_diagonal = gl.sum(gl.where(row == column, by_score, 0.0), axis=1)
     scores = weigh(scores, weight, CHUNK, RANK)
     by_score = weigh(by_score, weight, CHUNK, RANK).to(dtype)
     if D is not None:
@@ -130,7 +130,7 @@ def hopper_chunk_keys_backward_kernel(
     # [rows, rows] @ [rows, P] -> [rows, P]
     d_v = warpgroup_mma(scores, by_y, d_v, is_async=True)
     if D is not None:
-        gl.store(d_D + partial, gl.sum(of_row, axis=0))
+        gl.store(d_D + partial, gl.sum(on_diagonal, axis=0))
     # What the products read is kept until they are through: nothing else may be put in its place before.
     d_x_of = by_token(warpgroup_mma_wait(0, [d_v, by_y])[0], CHUNK, RANK, HEAD_DIM)
     if mimo_x is not None:
