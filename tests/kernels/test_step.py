@@ -12,6 +12,7 @@ from mamba3_train.kernels.step import decode_step
 from tests.scan_inputs import cut, scan_inputs, scan_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 SMALL = {"batch": 2, "heads": 4, "head_dim": 16, "d_state": 16, "pairs": 4, "rank": 1, "groups": 1, "norm": False}
 CASES = {
     "siso": {},

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from mamba3_train.kernels import ScanState, mamba3_scan, reference, triton_scan
+from mamba3_train.kernels import ScanState, mamba3_scan, reference
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import Launch
 from mamba3_train.kernels.sizes import Sizes
@@ -20,6 +20,7 @@ from mamba3_train.kernels.triton_scan import compute_scales, local_states, pass_
 from tests.scan_inputs import scan_inputs, scan_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 BOUNDARIES = (1, 2, 7, 16, 17, 31)  # one-token documents, at a chunk's start, at its end, across it
 
 
@@ -53,14 +54,15 @@ def _poison(monkeypatch):
         return empty
 
     class Torch:
-        """The module torch as triton_scan sees it."""
+        """The module torch as those see it that allocate."""
 
         empty, empty_like = staticmethod(poisoned(torch.empty)), staticmethod(poisoned(torch.empty_like))
 
         def __getattr__(self, name):
             return getattr(torch, name)
 
-    monkeypatch.setattr(triton_scan, "torch", Torch())
+    for module in ("sizes", "triton_scan"):
+        monkeypatch.setattr(f"mamba3_train.kernels.{module}.torch", Torch())
 
 
 def run(inputs, backend, state=None, **options):
@@ -191,6 +193,11 @@ def staged(rank=1, seqlen=37, with_documents=True, with_state=True):
 def by_token(tensor):
     """The reference's (batch, chunks, chunk, heads, …) → the kernels' (batch, heads, padded length, …)."""
     return tensor.flatten(1, 2).transpose(1, 2)
+
+
+def test_buffers_start_as_nan():
+    _, sizes, *_ = staged()
+    assert sizes.empty(3).isnan().all()
 
 
 @pytest.mark.parametrize("with_documents", [False, True])
