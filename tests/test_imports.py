@@ -12,13 +12,13 @@ PACKAGE = Path(mamba3_train.__file__).parent
 ALLOWED = {
     "kernels": set(),
     "model": {"kernels"},
-    "data": set(),
+    "data": {"lean_lightning"},
     "checkpoint": {"model"},
     "evaluation": {"model"},
     "sweeping": {"evaluation"},
     "training": {"kernels", "model", "checkpoint", "evaluation"},
 }
-MAY_IMPORT_LIGHTNING = {"data/datamodule.py", "train.py"}
+MAY_IMPORT_LIGHTNING = {"lean_lightning.py"}
 
 
 def imported(path):
@@ -59,6 +59,20 @@ def test_importing_is_light():
     code = f"import sys, mamba3_train, mamba3_train.train; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "[]"
+
+
+def test_lightning_comes_without_what_torchmetrics_imports_on_the_side():
+    """It is installed for the tests, and Lightning's utilities say so when they are asked afterwards."""
+    names = ("transformers", "scipy", "matplotlib")
+    code = (
+        "import sys, mamba3_train.data.datamodule\n"
+        f"print('torchmetrics' in sys.modules, {set(names)} & set(sys.modules))\n"
+        "from lightning_utilities.core.imports import RequirementCache, package_available\n"
+        "from torchmetrics.utilities.imports import _TRANSFORMERS_GREATER_EQUAL_4_4 as theirs\n"
+        f"print([package_available(n) and bool(RequirementCache(n)) for n in {names}], bool(theirs))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.split("\n")[:2] == ["True set()", "[True, True, True] False"]
 
 
 def test_the_model_needs_neither_triton_nor_lightning():

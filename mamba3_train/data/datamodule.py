@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,6 +20,7 @@ from mamba3_train.data.token_shards import Manifest, TokenSplit, read_manifest
 from mamba3_train.data.tokenizer import FILE_NAME, Tokenizer
 from mamba3_train.data.verification import verify_once
 from mamba3_train.errors import UserError
+from mamba3_train.lean_lightning import lightning
 
 PACKINGS = ("cut", "best_fit")
 

@@ -109,8 +109,10 @@ def change(arguments: argparse.Namespace, source: str, strategy: str, precision:
 def train(arguments: argparse.Namespace, folder: Path, strategy: str, precision: str, *more: str) -> None:
     """One run of the command, in this process."""
     from mamba3_train.train import cli
+    from mamba3_train.training import report
     from mamba3_train.training.lightning_module import PretrainingModule
 
+    report.plot_loss = lambda *_, **__: None
     PretrainingModule.on_train_end = lambda module: write_audit(folder, module)
     settings = [f"run.dir={folder}", f"data.path={arguments.corpus}", f"trainer.precision={precision}"]
     accelerator = [f"trainer.accelerator={arguments.accelerator}"]
