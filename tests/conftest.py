@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
 LONGEST = (
     "test_gpu_training.py",  # with a GPU
     "test_train.py", "test_strategies.py", "test_preemption.py", "test_triton_scan.py", "test_slurm.py",
-    "test_guards.py", "test_sweep.py", "test_compare.py", "test_workers.py", "test_task_evaluation.py",
+    "test_guards.py", "test_triton_compile.py", "test_sweep.py", "test_compare.py", "test_workers.py",
+    "test_task_evaluation.py",
 )  # fmt: skip
 
 
