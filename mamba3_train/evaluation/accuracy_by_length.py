@@ -40,12 +40,10 @@ def scaled_accuracy(
 
 def plot_accuracy(curves: dict[str, list[dict[int, float]]], path: Path, title: str, trained_to: int) -> None:
     """Write a PNG of scaled accuracy over length: for each name the mean of its curves, and each of them thinly."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name, runs in curves.items():
         lengths = sorted(runs[0])
         mean = [sum(run[length] for run in runs) / len(runs) for length in lengths]
@@ -58,4 +56,3 @@ def plot_accuracy(curves: dict[str, list[dict[int, float]]], path: Path, title: 
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -5,12 +5,10 @@ from pathlib import Path
 
 def plot_loss(rows: list[dict], path: Path, title: str) -> None:
     """Write a PNG of training and validation loss over tokens, from the rows of metrics.jsonl."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for key, style in (("train/loss", "-"), ("val/loss", "o--")):
         points = [(row["tokens"], row[key]) for row in rows if row.get(key) is not None]
         if points:
@@ -20,17 +18,14 @@ def plot_loss(rows: list[dict], path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def plot_losses(runs: dict[str, list[list[dict]]], path: Path, title: str) -> None:
     """Write a PNG of validation loss over tokens, a colour for each name, a line for each of its runs' rows."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for number, (name, lines) in enumerate(runs.items()):
         for i, rows in enumerate(lines):
             points = [(row["tokens"], row["val/loss"]) for row in rows if "val/loss" in row]
@@ -40,4 +35,3 @@ def plot_losses(runs: dict[str, list[list[dict]]], path: Path, title: str) -> No
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

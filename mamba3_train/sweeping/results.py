@@ -69,17 +69,13 @@ def write(journal: Journal, records: Sequence[Record]) -> None:
 
 def plot(records: Sequence[Record], about: dict[str, Any], path: Path) -> None:
     """Write a PNG of val/loss against each key: complete trials, pruned ones at their last loss, the best ringed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     keys = about["keys"]  # key → whether its axis is logarithmic
     columns = min(len(keys), 3)
     rows = -(-len(keys) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(max(4.5 * columns, 6), 4 * rows), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(max(4.5 * columns, 6), 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     shown = [record for record in records if _finite(record.loss)]
     for axis, key in zip(axes.flat, keys, strict=False):
         _draw(axis, key, keys[key], shown)
@@ -93,7 +89,6 @@ def plot(records: Sequence[Record], about: dict[str, Any], path: Path) -> None:
     if shown:
         axes.flat[0].legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _draw(axis, key: str, log: bool, records: Sequence[Record]) -> None:
