@@ -79,7 +79,8 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: in
         ValueError: sizes or a dtype that no kernel serves.
     """
     check_sizes(rank, head_dim, d_state, dtype)
-    regime = find("single" if dtype == torch.float32 else "half", d_state * head_dim)
+    # int: under torch.compile a size may be a symbol, which no cache takes.
+    regime = find("single" if dtype == torch.float32 else "half", int(d_state * head_dim))
     rows, heads = regime["rows"], regime["heads"]
     if shared_kib < 128:
         rows = regime.get("small_rows", rows)

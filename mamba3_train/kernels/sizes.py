@@ -53,7 +53,7 @@ class Sizes:
             launch = choose(rank, head_dim, d_state, dtype, launch, shared_memory(device))
             on_hopper = runs_on_hopper(inputs, launch.chunk)
             if on_hopper:
-                launch = launch._replace(**find("hopper", d_state * head_dim)["kernels"])
+                launch = launch._replace(**find("hopper", int(d_state * head_dim))["kernels"])
         return cls(batch, seqlen, heads, groups, head_dim, d_state, pairs, rank, dtype, device, launch, on_hopper)
 
     def in_forward(self) -> "Sizes":
