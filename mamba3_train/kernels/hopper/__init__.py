@@ -1,7 +1,6 @@
 """The chunk kernels once more, for Hopper: in Gluon, Triton's lower level, with layouts and waits set by hand.
 
-They compute what the portable kernels beside this package do, bit for bit, for the sizes that `launch.runs_on_hopper`
-tells.
+They compute what the portable kernels beside this package do, for the sizes that `launch.runs_on_hopper` tells.
 """
 
 from mamba3_train.kernels.hopper import chunk_key, chunk_output, chunk_query, chunk_state
