@@ -58,30 +58,23 @@ def outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, 
     return by_token(warpgroup_mma_wait(0, [y]), CHUNK, RANK, HEAD_DIM)
 
 
-@gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
-def hopper_chunk_outputs_kernel(
-    x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, document_ids, log_decay, key_log, diagonal,
-    phase, states, out, norm_eps, seqlen, chunks, head_start,
-    HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
-    TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr,
+@gluon.jit
+def chunk_outputs(
+    x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, ids, log_decay, key_log, diagonal, phase,
+    states, d_out, batch, chunk, here, head, tokens, packed, scalars, keys, left, seqlen, chunks, head_start,
+    HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, HEAD_DIM: gl.constexpr, D_STATE: gl.constexpr,
+    STRIDE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, TOKEN_STRIDE: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk. out: like x."""
-    STRIDE: gl.constexpr = GROUPS * D_STATE
+    """A chunk's y before norm and gate, (CHUNK, RANK, P), and in shared memory what else was brought for it.
+
+    d_out may be None. Returns y, the tiles of q, k, state and v, the pairs' weights, the decays from the chunk's start,
+    and the tiles of d_out, z, mimo_z, mimo_o and norm_weight, 0.0 for what is None.
+    """
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     pairs: gl.constexpr = row_layout(PAIRS, RANK)
     valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
-    chunk = gl.program_id(0) // HEADS_HERE
-    here = gl.program_id(0) % HEADS_HERE
-    batch = gl.program_id(1).to(gl.int64)
-    head = head_start + here
-    start = batch * seqlen + chunk * CHUNK
-    left = seqlen - chunk * CHUNK
-    scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
-    keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
-    tokens = start * TOKEN_STRIDE + head * HEAD_DIM
     of_head = head * (RANK * HEAD_DIM)
-    ids = None if document_ids is None else document_ids + start
 
     # Everything is on its way before the first of it is waited for.
     q0, q1, q2 = load_parts(C + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)
@@ -93,10 +86,11 @@ def hopper_chunk_outputs_kernel(
     async_copy.commit_group()
     state = states + ((batch * (chunks + 1) + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
     s0, s1, s2 = copy_state(state, HEAD_DIM, PAIRS, REST)
-    gate = None if z is None else copy_tile(z + tokens, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
-    weight_z = None if mimo_z is None else copy_weights(mimo_z + of_head, HEAD_DIM, RANK, HEAD_DIM, True)
-    weight_o = None if mimo_o is None else copy_weights(mimo_o + of_head, HEAD_DIM, RANK, HEAD_DIM, True)
-    norm = None if norm_weight is None else copy_weights(norm_weight + head * HEAD_DIM, HEAD_DIM, 1, HEAD_DIM, True)
+    by_out = 0.0 if d_out is None else copy_tile(d_out + packed, left, CHUNK, HEADS * HEAD_DIM, HEAD_DIM)
+    gate = copy_tile(z + tokens, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
+    weight_z = 0.0 if mimo_z is None else copy_weights(mimo_z + of_head, HEAD_DIM, RANK, HEAD_DIM, True)
+    weight_o = 0.0 if mimo_o is None else copy_weights(mimo_o + of_head, HEAD_DIM, RANK, HEAD_DIM, True)
+    norm = 0.0 if norm_weight is None else copy_weights(norm_weight + head * HEAD_DIM, HEAD_DIM, 1, HEAD_DIM, True)
     async_copy.commit_group()
     k0, k1, k2 = load_parts(B + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)
     of_row, of_column, gamma, id_row, id_column = load_pair_scales(
@@ -118,14 +112,45 @@ def hopper_chunk_outputs_kernel(
 
     weight = weight_pairs(of_row, of_column, gamma, id_row, id_column, ids is not None, False, CHUNK, RANK)
     y = outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, CHUNK, RANK, HEAD_DIM, REST)
+    return y, (q0, q1, q2, k0, k1, k2, s0, s1, s2, v), weight, from_start, (by_out, gate, weight_z, weight_o, norm)
+
+
+@gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+def hopper_chunk_outputs_kernel(
+    x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, document_ids, log_decay, key_log, diagonal,
+    phase, states, out, norm_eps, seqlen, chunks, head_start,
+    HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk. out: like x."""
+    STRIDE: gl.constexpr = GROUPS * D_STATE
+    valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
+    chunk = gl.program_id(0) // HEADS_HERE
+    here = gl.program_id(0) % HEADS_HERE
+    batch = gl.program_id(1).to(gl.int64)
+    head = head_start + here
+    start = batch * seqlen + chunk * CHUNK
+    left = seqlen - chunk * CHUNK
+    scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
+    keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
+    tokens = start * TOKEN_STRIDE + head * HEAD_DIM
+    packed = (start * HEADS + head) * HEAD_DIM
+    ids = None if document_ids is None else document_ids + start
+
+    y, tiles, _, _, gate_tiles = chunk_outputs(
+        x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, ids, log_decay, key_log, diagonal, phase,
+        states, None, batch, chunk, here, head, tokens, packed, scalars, keys, left, seqlen, chunks, head_start,
+        HEADS, HEADS_HERE, HEAD_DIM, D_STATE, STRIDE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
+    )  # fmt: skip
+    _, gate, weight_z, weight_o, norm = gate_tiles
     y = gate_rows(
         y,
-        None if z is None else read_by_token(gate, valued).to(gl.float32),
+        read_by_token(gate, valued).to(gl.float32),
         None if mimo_z is None else read_by_rank(weight_z, valued),
         None if mimo_o is None else read_by_rank(weight_o, valued),
         None if norm_weight is None else read_by_rank(norm, valued),
         norm_eps,
         HEAD_DIM,
     )
-    to = out + (start * HEADS + head) * HEAD_DIM
-    store_tokens(to, y, v, left, HEADS * HEAD_DIM, CHUNK, RANK, HEAD_DIM)
+    store_tokens(out + packed, y, tiles[9], left, HEADS * HEAD_DIM, CHUNK, RANK, HEAD_DIM)

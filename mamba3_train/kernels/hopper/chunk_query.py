@@ -7,24 +7,17 @@ and turned once, and y's gradient is used where it arises.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from mamba3_train.kernels.hopper.chunk_output import outputs_of
+from mamba3_train.kernels.hopper.chunk_output import chunk_outputs
 from mamba3_train.kernels.hopper.gate import gate_rows_backward
-from mamba3_train.kernels.hopper.layouts import accumulator_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.layouts import accumulator_layout, product_layout
 from mamba3_train.kernels.hopper.memory import (
     by_row,
-    copy_bias,
-    copy_state,
-    copy_tile,
-    copy_weights,
-    fetch_chunk_ahead,
     load_by_token,
-    load_parts,
     read_by_rank,
     read_by_token,
     share,
@@ -34,20 +27,13 @@ from mamba3_train.kernels.hopper.memory import (
     store_tokens,
 )
 from mamba3_train.kernels.hopper.tiles import (
-    decay_from_start,
     dot_from_state,
     dot_onto_state,
-    hold,
     left_operand,
-    load_pair_scales,
     rotation_gradients,
     scale_tokens,
-    share_turned,
-    share_values,
     sum_of_tokens,
-    turn_of,
     weigh,
-    weight_pairs,
 )
 
 
@@ -65,7 +51,6 @@ def hopper_chunk_queries_backward_kernel(
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     PARTS: gl.constexpr = 3 if REST > 0 else 2
     dtype: gl.constexpr = x.dtype.element_ty
-    pairs: gl.constexpr = row_layout(PAIRS, RANK)
     valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
     turned: gl.constexpr = accumulator_layout(PAIRS, RANK)
     chunk = gl.program_id(0) // HEADS_HERE
@@ -79,45 +64,15 @@ def hopper_chunk_queries_backward_kernel(
     keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
     tokens = start * TOKEN_STRIDE + head * HEAD_DIM
     packed = (start * HEADS + head) * HEAD_DIM
-    of_head = head * (RANK * HEAD_DIM)
     ids = None if document_ids is None else document_ids + start
 
-    # Everything is on its way before the first of it is waited for.
-    q0, q1, q2 = load_parts(C + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)
-    fraction = load_by_token(phase + scalars * PAIRS, PAIRS, CHUNK, PAIRS, pairs)
-    c0, c1, c2 = copy_bias(C_bias, head, RANK, PAIRS, REST)
-    b0, b1, b2 = copy_bias(B_bias, head, RANK, PAIRS, REST)
-    raw = copy_tile(x + tokens, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
-    weight_x = None if mimo_x is None else copy_weights(mimo_x + of_head, HEAD_DIM, RANK, HEAD_DIM, False)
-    async_copy.commit_group()
-    state = states + ((batch * (chunks + 1) + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
-    s0, s1, s2 = copy_state(state, HEAD_DIM, PAIRS, REST)
-    by_out = copy_tile(d_out + packed, left, CHUNK, HEADS * HEAD_DIM, HEAD_DIM)
-    gate = copy_tile(z + tokens, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
-    weight_z = None if mimo_z is None else copy_weights(mimo_z + of_head, HEAD_DIM, RANK, HEAD_DIM, True)
-    weight_o = None if mimo_o is None else copy_weights(mimo_o + of_head, HEAD_DIM, RANK, HEAD_DIM, True)
-    norm = None if norm_weight is None else copy_weights(norm_weight + head * HEAD_DIM, HEAD_DIM, 1, HEAD_DIM, True)
-    async_copy.commit_group()
-    k0, k1, k2 = load_parts(B + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)
-    of_row, of_column, gamma, id_row, id_column = load_pair_scales(
-        log_decay + scalars, key_log + scalars, diagonal + scalars, ids, left, False, CHUNK, RANK
-    )
-    from_start = decay_from_start(log_decay + scalars, ids, chunk, left, CHUNK, valued)
-    skip = None if D is None else gl.load(D + head).to(gl.float32)
-    fetch_chunk_ahead(
-        states, None, phase, x, z, seqlen, chunks, head_start, chunks + 1,
-        HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
+    y, tiles, weight, from_start, gate_tiles = chunk_outputs(
+        x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, ids, log_decay, key_log, diagonal, phase,
+        states, d_out, batch, chunk, here, head, tokens, packed, scalars, keys, left, seqlen, chunks, head_start,
+        HEADS, HEADS_HERE, HEAD_DIM, D_STATE, STRIDE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
     )  # fmt: skip
-    async_copy.wait_group(1)
-    cos, sin = turn_of(hold(fraction, True))
-    q0, q1, q2 = share_turned(q0, q1, q2, c0, c1, c2, cos, sin, None, C_bias is not None, CHUNK, RANK, PAIRS, REST)
-    k0, k1, k2 = share_turned(k0, k1, k2, b0, b1, b2, cos, sin, None, B_bias is not None, CHUNK, RANK, PAIRS, REST)
-    v = share_values(raw, weight_x, CHUNK, RANK, HEAD_DIM)
-    async_copy.wait_group(0)
-    fence_async_shared()
-
-    weight = weight_pairs(of_row, of_column, gamma, id_row, id_column, ids is not None, False, CHUNK, RANK)
-    y = outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, CHUNK, RANK, HEAD_DIM, REST)
+    q0, q1, q2, k0, k1, k2, s0, s1, s2, v = tiles
+    by_out, gate, weight_z, weight_o, norm = gate_tiles
     by_y, by_z, by_mimo_z, by_mimo_o, by_norm = gate_rows_backward(
         y,
         read_by_token(by_out, valued).to(gl.float32),
