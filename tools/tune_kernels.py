@@ -65,18 +65,18 @@ class Bench:
 
     def results(self, row: dict | None) -> list:
         """Outputs and all gradients with this row of the table; None: the table's own."""
-        from mamba3_train.kernels import launch, sizes, triton_scan
+        from mamba3_train.kernels import launch_table, sizes, triton_scan
 
-        kept = launch.find, sizes.find, sizes.runs_on_hopper
+        kept = launch_table.find, sizes.runs_on_hopper
         find = kept[0] if row is None else lambda gear, size: row if gear == self.row else kept[0](gear, size)
-        launch.find = sizes.find = find
+        launch_table.find = find
         if self.gear == "portable":
             sizes.runs_on_hopper = lambda *_: False
         try:
             out, last, kept_for = triton_scan.scan_forward(self.inputs, 1e-5, keep=True)
             grads = triton_scan.scan_backward(self.inputs, 1e-5, self.d_out, last, kept_for)
         finally:
-            launch.find, sizes.find, sizes.runs_on_hopper = kept
+            launch_table.find, sizes.runs_on_hopper = kept
         return [out, *(grad for grad in grads if grad is not None)]
 
     def milliseconds(self, kernel: str, row: dict) -> float:
@@ -98,10 +98,10 @@ class Bench:
 
 def tune(gear: str, arguments) -> dict:
     """The gear's row of the table with each kernel's fastest configuration; prints every time."""
-    from mamba3_train.kernels import launch
+    from mamba3_train.kernels import launch_table
 
     size = arguments.head_dim * arguments.d_state
-    row = launch.find(row_of(gear, arguments), size)
+    row = launch_table.find(row_of(gear, arguments), size)
     row = row | {"kernels": dict(row["kernels"])}  # the table's own stays as it is
     benches = [Bench(gear, rank, arguments) for rank in arguments.rank]
     for kernel in NAMES[gear]:
@@ -136,12 +136,12 @@ def main() -> int:
     arguments = parse()
     import torch
 
-    from mamba3_train.kernels import launch
+    from mamba3_train.kernels import launch_table
 
     if not torch.cuda.is_available():
         print("tune_kernels: needs a GPU, and this machine has none", file=sys.stderr)
         return 2
-    table = json.loads(launch.TABLE.read_text())
+    table = json.loads(launch_table.TABLE.read_text())
     for gear in arguments.gear:
         if gear == "hopper" and torch.cuda.get_device_capability() != (9, 0):
             print("hopper: not on this GPU")
@@ -151,7 +151,7 @@ def main() -> int:
     text = json.dumps(table, indent=1)
     print(text)
     if arguments.write:
-        launch.TABLE.write_text(text + "\n")
+        launch_table.TABLE.write_text(text + "\n")
     return 0
 
 

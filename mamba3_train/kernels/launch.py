@@ -1,28 +1,18 @@
 """How the kernels are launched: tile sizes, warps and heads a pass for each regime, and what is refused.
 
-One configuration a regime, no tuning at run time: every rank and every run computes the same bits. The regimes are the
-rows of launch_table.json, which `tools/tune_kernels.py` writes:
-
-    "half" and "single", the portable kernels at 16 and 32 bit, and "hopper", those of `kernels.hopper`; by the largest
-    d_state · head_dim they serve, of which the first that fits is taken:
-    rows        of a tile
-    small_rows  the same where a block has less than 128 KiB of shared memory (GPUs other than data-centre ones)
-    heads       of a pass at ranks 1 and 2
-    kernels     warps of single kernels, and registers a thread or null, where they are not the compiler's choice
-
-Measured on H200 (compute capability 9.0): "half" and "hopper" of 8192, 128 · 64. The others were only run or
-(small_rows) compiled; other devices run the same table.
+One configuration a regime, no tuning at run time: every rank and every run computes the same bits. They are in
+`launch_table`.
 """
 
-import json
 import re
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 from triton.runtime.errors import OutOfResources
+
+from mamba3_train.kernels import launch_table
 
 
 class Launch(NamedTuple):
@@ -49,7 +39,6 @@ class Launch(NamedTuple):
         return options if registers is None or interpreted() else options | {"maxnreg": registers}
 
 
-TABLE = Path(__file__).with_name("launch_table.json")
 RANKS, HEAD_DIMS = (1, 2, 4, 8), (16, 32, 64, 128)
 
 
@@ -80,8 +69,8 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: in
     """
     check_sizes(rank, head_dim, d_state, dtype)
     # int: under torch.compile a size may be a symbol, which no cache takes.
-    regime = find("single" if dtype == torch.float32 else "half", int(d_state * head_dim))
-    rows, heads = regime["rows"], regime["heads"]
+    regime = launch_table.find("single" if dtype == torch.float32 else "half", int(d_state * head_dim))
+    rows = regime["rows"]
     if shared_kib < 128:
         rows = regime.get("small_rows", rows)
     largest, least = rows // rank, max(1, 16 // rank)
@@ -91,18 +80,10 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: in
         )
     return Launch(
         chunk=chunk or largest,
-        heads=max(1, heads // max(1, rank // 2)),
-        forward_heads=max(1, 2 * heads // rank),
+        heads=launch_table.heads_of_pass(regime, rank),
+        forward_heads=max(1, 2 * regime["heads"] // rank),
         **regime["kernels"],
     )
-
-
-@cache
-def find(gear: str, size: int) -> dict:
-    """The table's row for kernels of this gear and d_state · head_dim; pairs of warps and registers as tuples."""
-    rows = json.loads(TABLE.read_text())[gear]
-    row = next(row for largest, row in rows.items() if size <= int(largest))
-    return row | {"kernels": {kernel: tuple(options) for kernel, options in row["kernels"].items()}}
 
 
 def heads_in_pass(heads: int, groups: int, wanted: int) -> int:

@@ -8,12 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba3_train.kernels import state_passing
+from mamba3_train.kernels import launch_table, state_passing
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import (
     Launch,
     choose,
-    find,
     heads_in_pass,
     hopper,
     interpreted,
@@ -53,7 +52,7 @@ class Sizes:
             launch = choose(rank, head_dim, d_state, dtype, launch, shared_memory(device))
             on_hopper = runs_on_hopper(inputs, launch.chunk)
             if on_hopper:
-                launch = launch._replace(**find("hopper", int(d_state * head_dim))["kernels"])
+                launch = launch._replace(**launch_table.find("hopper", int(d_state * head_dim))["kernels"])
         return cls(batch, seqlen, heads, groups, head_dim, d_state, pairs, rank, dtype, device, launch, on_hopper)
 
     def in_forward(self) -> "Sizes":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mamba3_train.errors import UserError
-from mamba3_train.kernels import linear_cross_entropy
+from mamba3_train.kernels import launch_table, linear_cross_entropy
 from mamba3_train.model.config import Mamba3Config, MixerConfig
 from mamba3_train.model.cost import Cost
 
@@ -203,9 +203,9 @@ def scan_workspace(config: Mamba3Config) -> float:
 
 
 def scan_passes(mixer: MixerConfig) -> tuple[int, int]:
-    """Tokens of a chunk and heads of a backward pass, as `kernels.launch.choose`, which Triton must be there for."""
-    rows, heads = (64, 32) if mixer.d_state * mixer.head_dim <= 128 * 64 else (32, 8)
-    return rows // mixer.rank, max(1, heads // max(1, mixer.rank // 2))
+    """Tokens of a chunk and heads of a backward pass at 16 bit; of the largest sizes served, for models beyond them."""
+    row = launch_table.find("half", min(mixer.d_state * mixer.head_dim, 256 * 128))
+    return row["rows"] // mixer.rank, launch_table.heads_of_pass(row, mixer.rank)
 
 
 def scan_keeps_y(mixer: MixerConfig, on_hopper: bool) -> bool:
