@@ -45,6 +45,7 @@ class StopSignals:
         self._first: dict[int, float] = {}
         self._leaving = False
         self._left = threading.Event()
+        self._sending = threading.Lock()
 
     def __enter__(self) -> "StopSignals":
         self._reader, writer = os.pipe()
@@ -60,8 +61,9 @@ class StopSignals:
 
     def __exit__(self, *exception) -> None:
         _active.remove(self)
-        self._give_back()
-        self._left.set()
+        with self._sending:  # a signal sent after the handlers are given back would kill the process
+            self._give_back()
+            self._left.set()
         os.write(self._writer, b"\0")  # not closed: a child process may hold the other end of it, too
         self._thread.join()
         os.close(self._reader)
@@ -106,10 +108,16 @@ class StopSignals:
         name = signal.Signals(self.received).name
         os.write(1, f"stopped by {name}; there was nothing to save, and the same command goes on\n".encode())
         self._leaving = True
-        # Again, to the main thread itself: it may sleep, and should call the handler now.
-        signal.pthread_kill(threading.main_thread().ident, self.received)
-        if not self._left.wait(self.UNWINDING):
-            os._exit(exit_code(self.received))
+        end = time.monotonic() + self.UNWINDING
+        while time.monotonic() < end:
+            # Again, to the main thread itself, which may sleep and should call the handler now; and more than once:
+            # it may have been about to fall asleep.
+            with self._sending:
+                if self._leaving and not self._left.is_set():
+                    signal.pthread_kill(threading.main_thread().ident, self.received)
+            if self._left.wait(0.1):
+                return
+        os._exit(exit_code(self.received))
 
 
 def hold_signals() -> None:

@@ -92,6 +92,16 @@ def test_with_nothing_to_save_it_leaves_at_once_and_says_so(number, code):
     )
 
 
+def test_it_leaves_a_main_thread_that_was_just_falling_asleep():
+    """What is sent in that moment interrupts no sleep: here the first one sent to the thread is lost."""
+    lost = ["sent = []", "kill = signal.pthread_kill", "def lossy(*signal):"]
+    lost += ["    sent.append(signal)", "    len(sent) > 1 and kill(*signal)", "signal.pthread_kill = lossy"]
+    lost += ["stop.leave_after = 0.2"]
+    asked = ["os.kill(os.getpid(), signal.SIGTERM)", "time.sleep(50)"]
+    code, out = alone(*lost, "try:", *[f"    {line}" for line in asked], "finally:", "    print('unwound', len(sent))")
+    assert (code, out.splitlines()[1:]) == (85, ["unwound 2"])
+
+
 def test_it_leaves_even_where_no_handler_can_run():
     code, out = alone("stop.UNWINDING = 0.1", "os.kill(os.getpid(), signal.SIGTERM)", "stuck()")
     assert (code, out.splitlines()[0].split(";")[0]) == (85, "stopped by SIGTERM")
