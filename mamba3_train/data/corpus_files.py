@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -256,10 +257,15 @@ def _local(error: Exception) -> bool:
 
 
 def _file_system(address: str):
+    # Not that of another process: loader workers are forked from one whose connections are dead to them.
+    return _file_system_of(address, os.getpid())
+
+
+@cache
+def _file_system_of(address: str, process: int):
     import fsspec  # a tenth of a second of import that local corpora do not need
 
     try:
-        # A cached one would be found again, dead, by loader workers, which are forked from a process that used it.
         return fsspec.core.url_to_fs(address, skip_instance_cache=True)[0]
     except (ImportError, ValueError) as error:  # no such kind of address, or its package is missing
         raise UserError(f"{address} cannot be opened: {error} (pip install 'mamba3-train[remote]')") from error

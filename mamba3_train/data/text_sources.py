@@ -89,6 +89,9 @@ class TextSource:
     def _rows(self, state: dict | None) -> Iterator[tuple[list[str], dict]]:
         from datasets import load_dataset  # a second of import that the training process does not need
 
+        from mamba3_train.data import compressed_objects
+
+        compressed_objects.register()
         try:
             arguments = self._load_arguments()
             dataset = load_dataset(streaming=True, **arguments).with_format("arrow")

@@ -6,9 +6,11 @@ import json
 import threading
 from functools import partial
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from mamba3_train.data import text_sources
 from mamba3_train.data.text_sources import TextSource
@@ -67,6 +69,28 @@ def test_address_and_glob(tmp_path):
     write("jsonl", tmp_path)
     assert list(TextSource(f"file://{tmp_path}/a.jsonl").documents()) == TEXTS[:30]
     assert list(TextSource(f"{tmp_path}/*.jsonl").documents()) == TEXTS
+
+
+class BucketFileSystem(MemoryFileSystem):
+    """Objects in memory; takes no option that it does not know, as s3fs."""
+
+    protocol = "bucket"
+    store: dict = {}  # noqa: RUF012
+
+    def __init__(self, client_kwargs=None, **options):
+        assert not client_kwargs, f"unexpected keyword arguments {client_kwargs}"
+        super().__init__(**options)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(path.replace("bucket://", "memory://"))
+
+
+def test_compressed_in_a_bucket(tmp_path):
+    write("jsonl.gz", tmp_path)
+    fsspec.register_implementation("bucket", BucketFileSystem, clobber=True)
+    fsspec.filesystem("bucket").pipe_file("bucket://text/a.jsonl.gz", (tmp_path / "a.jsonl.gz").read_bytes())
+    assert list(TextSource("bucket://text/*.jsonl.gz").documents()) == TEXTS
 
 
 def test_over_http(tmp_path):
