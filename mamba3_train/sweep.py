@@ -160,12 +160,13 @@ def report(journal, console) -> int:
     """Show and write what has been found so far; the exit code is 1 where every trial failed."""
     from mamba3_train.sweeping import results
 
-    records = journal.records()
-    results.write(journal, records)
+    with journal.held() as records:
+        results.write(journal, records)
+        best = results.best(records)
+        if best:
+            results.plot(records, journal.about, journal.folder / "results.png")
     console.print(results.table(records, list(journal.about["keys"])))
-    best = results.best(records)
     if best:
-        results.plot(records, journal.about, journal.folder / "results.png")
         console.print(f"{'picture':<9} {journal.folder / 'results.png'}", soft_wrap=True)
     console.print(f"{'results':<9} {journal.folder / 'results.json'}", soft_wrap=True)
     states = [record.state for record in records]

@@ -17,15 +17,19 @@ export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFF
 cache=${TMPDIR:-/tmp}/mamba3_train-$SLURM_JOB_ID
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor
 
+# In one task of an array SLURM_JOB_ID is the array's number, and would mean all of them.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
 # For tasks that cannot ask Slurm, in a container for example.
-end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)
+end=$(squeue --noheader --jobs="$job" --format=%e)
 export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$end" +%s 2>/dev/null)}
 # Else srun would give its tasks a CPU each.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-logs=@logs@/$SLURM_JOB_ID
+logs=@logs@/$job
 mkdir -p "$logs"
-echo "$(date -Is) start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, logs by rank in $logs"
+echo "$(date -Is) start ${SLURM_RESTART_COUNT:-0} of job $job on $SLURM_JOB_NODELIST, logs by rank in $logs"
 
 # A task a GPU. Of tasks that lose one of them, the others have a minute to notice it and to end their logs.
 srun --kill-on-bad-exit=0 --wait=60 --open-mode=append --output="$logs/rank-%4t.log" @container@\
@@ -34,9 +38,9 @@ ended=$?
 
 echo "$(date -Is) ended with exit code $ended"
 # A job that was cancelled has another state, and is not to come back.
-if [ "$ended" -eq @stopped@ ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+if [ "$ended" -eq @stopped@ ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
     if [ "${SLURM_RESTART_COUNT:-0}" -lt @requeues@ ]; then
-        scontrol requeue "$SLURM_JOB_ID" && exit
+        scontrol requeue "$job" && exit
     else
         echo "requeued @requeues@ times already: submit it again to go on"
     fi

@@ -154,7 +154,7 @@ def resolve_run(options: argparse.Namespace) -> tuple[list[str], Path]:
         overrides.append(f"trainer.stop_before_seconds={options.stop_before // 2}")
     overrides += left_open(config, overrides, options.nodes, devices)
     config = compose(*overrides, *searched)
-    if len(set(folders)) < len(folders) and "%1" not in options.array:
+    if len(set(folders)) < len(folders) and not options.array.endswith("%1"):
         raise UserError(
             f"all tasks of --array {options.array} would train in {folders[0]}: put ${{oc.env:SLURM_ARRAY_TASK_ID}} "
             f"into run.name, or go on with one run by --array {options.array}%1"
@@ -318,9 +318,9 @@ def main() -> None:
     except MISTAKES as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(2)
-    messages, logs = (f"{number}_*.out", "*") if options.array else (f"{number}.out", number)
-    print(f"submitted {job.script} as job {number}\n  its messages  {job.folder}/{messages}")
-    print(f"  logs by rank  {job.folder}/{logs}/rank-0000.log\n  stop and save scancel --signal=USR1 {number}")
+    name = f"{number}_*" if options.array else number
+    print(f"submitted {job.script} as job {number}\n  its messages  {job.folder}/{name}.out")
+    print(f"  logs by rank  {job.folder}/{name}/rank-0000.log\n  save and end  scancel {number}")
 
 
 if __name__ == "__main__":

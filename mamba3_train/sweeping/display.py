@@ -41,8 +41,8 @@ class Display:
 
     def changed(self) -> None:
         """A trial is over: write results.json, count again."""
-        records = self._journal.records()
-        results.write(self._journal, records)
+        with self._journal.held() as records:
+            results.write(self._journal, records)
         best = results.best(records)
         self._bar.update(
             self._task,

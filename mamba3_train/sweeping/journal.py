@@ -5,7 +5,6 @@ the lock too: it is free when both are gone, however they ended, and the trial i
 """
 
 import fcntl
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -136,8 +135,15 @@ class Journal:
 
     def records(self) -> list[Record]:
         """All trials, in the order they were drawn."""
+        with self.held() as records:
+            return records
+
+    @contextmanager
+    def held(self) -> Iterator[list[Record]]:
+        """All trials, and no other worker looks at them before the block ends: a file made of them replaces older
+        ones only."""
         with self._alone():
-            return [self._record(frozen) for frozen in self._study.get_trials(deepcopy=False)]
+            yield [self._record(frozen) for frozen in self._study.get_trials(deepcopy=False)]
 
     def _record(self, frozen: optuna.trial.FrozenTrial) -> Record:
         losses = frozen.intermediate_values
@@ -186,8 +192,9 @@ def _mend(path: Path, lock: Lock) -> None:
 
 def _lock(path: Path) -> Lock:
     """Optuna's lock that works on NFS of any version, or the one for file systems without symbolic links."""
-    probe = path.with_name(f".symlink-{os.getpid()}")
+    probe = path.with_name(".symlink")  # one for all: a worker opens the journal while no other does
     try:
+        probe.unlink(missing_ok=True)
         probe.symlink_to(path)
         probe.unlink()
     except OSError:

@@ -4,7 +4,8 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,8 @@ def write(journal: Journal, records: Sequence[Record]) -> None:
             for record in records
         ],
     }  # fmt: skip
-    path = journal.folder / "results.json"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # other workers write it, too
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    with _whole(journal.folder / "results.json") as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def plot(records: Sequence[Record], about: dict[str, Any], path: Path) -> None:
@@ -88,7 +87,15 @@ def plot(records: Sequence[Record], about: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{about['name']}: {len(records)} trials{note}")
     if shown:
         axes.flat[0].legend()
-    figure.savefig(path, dpi=120)
+    with _whole(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    os.replace(partial, path)
 
 
 def _draw(axis, key: str, log: bool, records: Sequence[Record]) -> None:
