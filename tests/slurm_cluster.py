@@ -75,12 +75,15 @@ class Cluster:
         self._wait_for(lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], "nodes are not idle")
 
     def stop(self) -> None:
-        """End its daemons."""
+        """End its jobs, then its daemons: one that still waited for a job would report to the next cluster's."""
         subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True, check=False)
-        subprocess.run(["scontrol", "shutdown"], env=self.environment, capture_output=True, check=False)
-        if self._munged is not None:
-            self._munged.terminate()
-            self._munged.wait()
+        try:
+            self._wait_for(lambda: self.run("squeue", "--noheader") == "", "jobs do not end")
+        finally:
+            subprocess.run(["scontrol", "shutdown"], env=self.environment, capture_output=True, check=False)
+            if self._munged is not None:
+                self._munged.terminate()
+                self._munged.wait()
 
     def run(self, *command: str) -> str:
         """What a command prints; raises NoCluster with its complaint."""

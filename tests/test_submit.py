@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,26 @@ def test_hooks_for_environment_and_containers(run, tmp_path):
     assert ",/data:/data --container-workdir=" in script
 
 
+def test_what_a_container_is_given(run, command, tmp_path):
+    (tmp_path / "hook.sh").write_text("export FROM_HOOK='a value'\n")
+    _, script, _ = run(*SMALL, "--environment", "hook.sh", "--container", "my image.sif", "--dry-run")
+    command("srun", "while [[ $1 = --* ]]; do shift; done", 'exec "$@"')
+    names = ("FROM_HOOK", "PYTHONPATH", "TRITON_CACHE_DIR", "SLURM_JOB_END_TIME")
+    command("apptainer", 'printf "%s\\n" "$@"', *(f'echo "{name}=${name}"' for name in names))
+    command("squeue", "echo 2027-01-15T08:00:00")
+    environment = {"PATH": os.environ["PATH"], "TZ": "UTC", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    environment["TMPDIR"] = "/scratch"
+    done = subprocess.run(["bash"], input=script, env=environment, capture_output=True, text=True, check=True)
+    _, *said, _ = done.stdout.splitlines()
+    assert said[:6] == ["exec", "--nv", "--bind", f"{tmp_path}:{tmp_path},{tmp_path}/runs/quickstart:"
+                        f"{tmp_path}/runs/quickstart", "my image.sif", "python3"]  # fmt: skip
+    code = re.search("^code=(.*)$", script, re.MULTILINE).group(1)
+    assert said[-4:] == [
+        "FROM_HOOK=a value", f"PYTHONPATH={code}", "TRITON_CACHE_DIR=/scratch/mamba3_train-7/triton",
+        "SLURM_JOB_END_TIME=1800000000",
+    ]  # fmt: skip
+
+
 def test_arrays(run, tmp_path):
     code, script, errors = run(*SMALL, "--array", "3-5", "run.name='seed-${oc.env:SLURM_ARRAY_TASK_ID}'", "--dry-run")
     assert code == 0, errors
@@ -123,6 +144,7 @@ def test_arrays(run, tmp_path):
         ([*SMALL, "--time", "soon"], "--time soon must be MINUTES"),
         ([*SMALL, "--stop-before", "600"], "--stop-before 600 must be less than --time, 600 seconds"),
         ([*SMALL, "--array", "a"], "--array a must look like 0-3"),
+        ([*SMALL, "--array", "0-30%10"], "put ${oc.env:SLURM_ARRAY_TASK_ID} into run.name"),
         ([*SMALL, "--array", "0-3"], "put ${oc.env:SLURM_ARRAY_TASK_ID} into run.name, or go on with one run by"),
         ([*SMALL, "--environment", "nothing.sh"], "--environment nothing.sh is no file"),
         ([*SMALL, "--config-dir", "nothing"], "--config-dir nothing is no folder"),
@@ -191,6 +213,7 @@ def test_what_sbatch_says_is_one_line(run, command, quickstart_corpus):
         (85, 2, "RUNNING", 85, False),  # often enough
         (85, 0, "COMPLETING", 85, False),  # somebody cancelled it
         (1, 0, "RUNNING", 1, False),
+        (75, 0, "RUNNING", 75, False),  # the watchdog's
         (137, 0, "RUNNING", 137, False),
     ],
 )
@@ -206,3 +229,18 @@ def test_the_script_requeues_what_was_stopped_and_nothing_else(
     assert (done.returncode, done.stderr) == (code, "")
     asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
     assert asked == ("requeue 7\n" if requeued else "")
+
+
+@pytest.mark.parametrize("script", ["job.sh", "sweep.sh"])
+def test_a_task_of_an_array_is_asked_for_and_requeued_alone(script, run, command, tmp_path):
+    """The number of the last task's job is the number of the array, and stands for all of its tasks."""
+    command("srun", "echo end of the job $SLURM_JOB_END_TIME", "exit 85")
+    command("squeue", '[ "$2" = --jobs=7_3 ] || echo "all tasks"', "case $3 in *%T) echo RUNNING;; *) date -Is;; esac")
+    command("scontrol", f'echo "$@" >> {tmp_path}/asked')
+    tasks = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_NODELIST": "n1"}
+    text = run(*SMALL, "--dry-run")[1] if script == "job.sh" else PATH.with_name(script).read_text()
+    done = subprocess.run(
+        ["bash"], input=text, env=os.environ | tasks, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert (tmp_path / "asked").read_text() == "requeue 7_3\n"
+    assert script == "sweep.sh" or re.search(r"end of the job \d+\n", done.stdout)

@@ -1,15 +1,20 @@
 """Sweeps of stub trainings: killed and continued, pruned, failing, stopped, shared."""
 
+import fcntl
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from stub_sweep import EIGHT, Events, make_journal, sweep
 
+from mamba3_train import sweep as command
 from mamba3_train.errors import UserError
 from mamba3_train.sweeping import results, workers
+from mamba3_train.sweeping.display import Display
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +143,28 @@ def test_a_training_that_others_stop_goes_on_unless_it_gets_nowhere(tmp_path):
     events, _ = sweep(journal, kinds={0: "waits"}, events=Stopping())
     assert "trial-0000 was stopped after step 1 by a signal that was not ours" in events.lines
     assert [record.state for record in journal.records()] == ["complete"]
+
+
+def test_no_worker_replaces_results_by_older_ones(tmp_path, monkeypatch):
+    """Between its look at the trials and what it writes of them, no other comes."""
+    journal = make_journal(tmp_path, trials=1)
+    sweep(journal)
+    replace, alone = results.os.replace, []
+
+    def replaces(partial, path):
+        with (tmp_path / ".lock").open("ab") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone.append(path.name)
+        replace(partial, path)
+
+    monkeypatch.setattr(results.os, "replace", replaces)
+    console = Console(quiet=True)
+    Display(journal, console).changed()
+    assert command.report(journal, console) == 0
+    assert alone == ["results.json", "results.json", "results.png"]
+    assert json.loads((tmp_path / "results.json").read_text())["best"]["trial"] == "trial-0000"
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.glob(".*.partial")) == []
 
 
 def test_another_sweep_in_the_same_folder_is_refused(tmp_path):
