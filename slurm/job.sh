@@ -17,13 +17,14 @@ export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFF
 cache=${TMPDIR:-/tmp}/mamba3_train-$SLURM_JOB_ID
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor
 
-# In one task of an array SLURM_JOB_ID is the array's number, and would mean all of them.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+# In one task of an array SLURM_JOB_ID is the array's number and stands for all of them; SLURM_ARRAY_JOB_ID may come
+# from the job that submitted this one.
+read -r job end <<< "$(squeue --noheader --array --jobs="$SLURM_JOB_ID" --format="%A %i %e" |
+    sed -n "s/^$SLURM_JOB_ID //p")"
 job=${job:-$SLURM_JOB_ID}
-
 # For tasks that cannot ask Slurm, in a container for example.
-end=$(squeue --noheader --jobs="$job" --format=%e)
-export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$end" +%s 2>/dev/null)}
+[ -z "$end" ] || end=$(date -d "$end" +%s 2>/dev/null)
+[ -z "$end" ] || export SLURM_JOB_END_TIME=$end
 # Else srun would give its tasks a CPU each.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 

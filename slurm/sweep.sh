@@ -9,18 +9,17 @@
 # What goes on in here is for the sweep: it saves, and this script must live to see how it ended.
 trap : TERM USR1 USR2
 
-# In one task of an array SLURM_JOB_ID is the array's number, and would mean all of them.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
 # Else srun would give its task one CPU.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 srun python -m mamba3_train.sweep "$@"
 ended=$?
 
+# In one task of an array SLURM_JOB_ID is the array's number and stands for all of them.
+read -r job state <<< "$(squeue --noheader --array --jobs="$SLURM_JOB_ID" --format="%A %i %T" |
+    sed -n "s/^$SLURM_JOB_ID //p")"
 # Stopped with trials left. A job that was cancelled has another state, and is not to come back.
-if [ "$ended" -eq 85 ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ] &&
-    [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+if [ "$ended" -eq 85 ] && [ "$state" = RUNNING ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
     scontrol requeue "$job" && exit
 fi
 exit "$ended"

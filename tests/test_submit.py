@@ -107,7 +107,7 @@ def test_what_a_container_is_given(run, command, tmp_path):
     command("srun", "while [[ $1 = --* ]]; do shift; done", 'exec "$@"')
     names = ("FROM_HOOK", "PYTHONPATH", "TRITON_CACHE_DIR", "SLURM_JOB_END_TIME")
     command("apptainer", 'printf "%s\\n" "$@"', *(f'echo "{name}=${name}"' for name in names))
-    command("squeue", "echo 2027-01-15T08:00:00")
+    command("squeue", "echo 7 7 2027-01-15T08:00:00")
     environment = {"PATH": os.environ["PATH"], "TZ": "UTC", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
     environment["TMPDIR"] = "/scratch"
     done = subprocess.run(["bash"], input=script, env=environment, capture_output=True, text=True, check=True)
@@ -222,7 +222,7 @@ def test_the_script_requeues_what_was_stopped_and_nothing_else(
 ):
     _, script, _ = run(*SMALL, "--requeues", "2", "--dry-run")
     command("srun", f"exit {ended}")
-    command("squeue", f'case "$*" in *%T*) echo {state};; *) date -Is;; esac')
+    command("squeue", f'case "$*" in *%T*) echo {state};; *) echo "7 7 $(date -Is)";; esac')
     command("scontrol", f'echo "$@" >> {tmp_path}/asked')
     environment = os.environ | {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "SLURM_JOB_NODELIST": "n1"}
     done = subprocess.run(["bash"], input=script, env=environment, capture_output=True, text=True, check=False)
@@ -234,13 +234,16 @@ def test_the_script_requeues_what_was_stopped_and_nothing_else(
 @pytest.mark.parametrize("script", ["job.sh", "sweep.sh"])
 def test_a_task_of_an_array_is_asked_for_and_requeued_alone(script, run, command, tmp_path):
     """The number of the last task's job is the number of the array, and stands for all of its tasks."""
-    command("srun", "echo end of the job $SLURM_JOB_END_TIME", "exit 85")
-    command("squeue", '[ "$2" = --jobs=7_3 ] || echo "all tasks"', "case $3 in *%T) echo RUNNING;; *) date -Is;; esac")
+    command("srun", "echo the job ends at $SLURM_JOB_END_TIME", "exit 85")
+    command(
+        "squeue", 'case "$*" in', '*--array*=7*"%A %i %e") echo 8 7_2 N/A; echo 7 7_3 2027-01-15T08:00:00;;',
+        '*--array*=7*"%A %i %T") echo 8 7_2 COMPLETING; echo 7 7_3 RUNNING;;', "*=7_3*%T) echo RUNNING;; esac",
+    )  # fmt: skip
     command("scontrol", f'echo "$@" >> {tmp_path}/asked')
-    tasks = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_NODELIST": "n1"}
+    # Of the job that submitted this one.
+    others = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_END_TIME": "1700000000"}
+    environment = os.environ | others | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "TZ": "UTC"}
     text = run(*SMALL, "--dry-run")[1] if script == "job.sh" else PATH.with_name(script).read_text()
-    done = subprocess.run(
-        ["bash"], input=text, env=os.environ | tasks, capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run(["bash"], input=text, env=environment, capture_output=True, text=True, check=True, timeout=60)
     assert (tmp_path / "asked").read_text() == "requeue 7_3\n"
-    assert script == "sweep.sh" or re.search(r"end of the job \d+\n", done.stdout)
+    assert script == "sweep.sh" or "the job ends at 1800000000\n" in done.stdout

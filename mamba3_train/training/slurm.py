@@ -34,14 +34,16 @@ def adopt_ranks() -> None:
 
 def job_end() -> float | None:
     """When the job's time is up, in seconds of the epoch; None outside a job, or if that cannot be told."""
-    job = _job()
+    job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
     if end := os.environ.get("SLURM_JOB_END_TIME"):
         return float(end)
+    # In one task of an array the job's number is the array's and stands for all of them.
+    tasks = _ask("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%A %e").splitlines()
     try:
-        return datetime.datetime.fromisoformat(_ask("squeue", "--noheader", f"--jobs={job}", "--format=%e")).timestamp()
-    except ValueError:
+        return datetime.datetime.fromisoformat(dict(task.split() for task in tasks)[job]).timestamp()
+    except (KeyError, ValueError):
         return None
 
 
@@ -49,12 +51,6 @@ def first_host(nodes: str) -> str:
     """The first name of a list as Slurm writes it: `gpu[007-009,12]-ib,login1` begins with `gpu007-ib`."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes).group()
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
-
-
-def _job() -> str | None:
-    """What Slurm's commands know this job by: in one task of an array SLURM_JOB_ID is the number of the array, too."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _first_address() -> str:

@@ -78,13 +78,11 @@ def test_the_end_of_the_job(job):
     assert slurm.job_end() is None
     job(TASK | {"RANK": "0", "SLURM_JOB_END_TIME": "1800000000"})
     assert slurm.job_end() == 1.8e9
-    job(TASK | {"RANK": "0"}, squeue="2027-01-15T08:00:00")
+    job(TASK | {"RANK": "0"}, squeue="123456 2027-01-15T08:00:00")
     assert slurm.job_end() == datetime.datetime(2027, 1, 15, 8).timestamp()
-    array = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "3"}
-    only_task = "'$([[ $* = *--jobs=123456_3* ]] && echo 2027-01-15T08:00:00)'"
-    job(TASK | array | {"RANK": "0"}, squeue=only_task)
-    assert slurm.job_end() == datetime.datetime(2027, 1, 15, 8).timestamp(), "of this task, not of the whole array"
-    job(TASK | {"RANK": "0", "SLURM_JOB_END_TIME": ""}, squeue="N/A")
+    job(TASK | {"RANK": "0"}, squeue="123457 N/A\n123456 2027-01-15T08:00:00\n123458 2027-01-15T09:00:00")
+    assert slurm.job_end() == datetime.datetime(2027, 1, 15, 8).timestamp(), "of this task of an array"
+    job(TASK | {"RANK": "0", "SLURM_JOB_END_TIME": ""}, squeue="123456 N/A")
     assert slurm.job_end() is None
     job(TASK | {"RANK": "0"})
     assert slurm.job_end() is None
