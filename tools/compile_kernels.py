@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mamba3_train.kernels import StepState, decode_step, triton_scan
+from mamba3_train.kernels import StepState, decode_step, launch, triton_scan
 from mamba3_train.kernels import sizes as scan_sizes
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import wrong_descriptors
@@ -139,7 +139,7 @@ def main(sizes, arch, chunk):
             if line["faults"] or line["shared"] > SHARED_MEMORY[arch] * 1024:
                 failed.append(line)
 
-    triton_scan.run = decode_step.run = compile_instead
+    launch.run = decode_step.run = compile_instead
     if arch < 90:
         scan_sizes.programs_ahead = lambda device: 0
     scan_sizes.shared_memory = lambda device: SHARED_MEMORY[arch]

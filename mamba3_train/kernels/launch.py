@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from mamba3_train.kernels import launch_table
@@ -32,16 +33,20 @@ class Launch(NamedTuple):
     queries: tuple[int, int | None] = (4, None)
     keys: tuple[int, int | None] = (4, None)
 
-    def options(self, kernel: str) -> dict[str, int]:
-        """Compiler options of one chunk kernel; no software pipelining, which has been wrong on Blackwell."""
+    def options(self, kernel: str, hardware: bool) -> dict[str, int]:
+        """Compiler options of one chunk kernel, for an NVIDIA GPU (hardware) or something else.
+
+        No software pipelining, which has been wrong on Blackwell.
+        """
         warps, registers = getattr(self, kernel)
         options = {"num_warps": warps, "num_stages": 1}
-        return options if registers is None or interpreted() else options | {"maxnreg": registers}
+        return options | {"maxnreg": registers} if hardware and registers is not None else options
 
 
 RANKS, HEAD_DIMS = (1, 2, 4, 8), (16, 32, 64, 128)
 
 
+@cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return bool(triton.knobs.runtime.interpret)
@@ -112,6 +117,7 @@ def runs_on_hopper(inputs, chunk: int) -> bool:
     )
 
 
+@cache
 def _is_hopper(device: torch.device) -> bool:
     if device.type == "meta":  # only compiled
         return True
@@ -128,6 +134,7 @@ def hopper():
     return package
 
 
+@cache
 def shared_memory(device: torch.device) -> int:
     """KiB of shared memory that a block may have; as on Hopper where nothing runs on a GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -135,6 +142,7 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
 
 
+@cache
 def programs_ahead(device: torch.device) -> int:
     """How many programs ahead to fetch into the L2 cache: two for each multiprocessor, from Hopper on."""
     if device.type == "meta":  # only compiled
@@ -148,21 +156,24 @@ _compiled: dict[tuple, tuple] = {}
 _checked: set[str] = set()
 
 
-def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
+def run(kernel, grid: tuple[int, ...], *args, **options) -> tuple | None:
     """Launch a kernel, and the first time look at its machine code for Hopper.
 
     A kernel once compiled for these types and options is launched past Triton's own look-up, which takes longer on the
     host than a small kernel on the device.
+
+    Returns:
+        The compiled kernel and its arguments behind args; None where there is none for all tensors of these types.
 
     Raises:
         RuntimeError: the compiler built it wrong, or it needs more shared memory than this GPU's blocks have.
     """
     if interpreted():
         kernel[grid](*args, **options)
-        return
+        return None
     values, types, addresses = [], [torch.cuda.current_device()], 0
     for value in args:
-        if torch.is_tensor(value):
+        if isinstance(value, Tensor):
             types.append(value.dtype)
             value = value.data_ptr()
             addresses |= value
@@ -183,9 +194,30 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
         _refuse_wrong_code(kernel, compiled)
         if key is not None:
             _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]
-        return
+        return _compiled.get(key)
     compiled, constants = known
     compiled[(*grid, 1, 1)[:3]](*values, *constants)
+    return known
+
+
+class Launcher:
+    """Launches on one grid with the same options again and again; what `run` found is remembered.
+
+    The tensors have the same dtypes and device each time and lie at addresses divisible by 16; some may be None.
+    """
+
+    def __init__(self, grid: tuple[int, ...], options: dict):
+        self.grid, self.options, self.known = (*grid, 1, 1)[:3], options, {}
+
+    def __call__(self, kernel, *args) -> None:
+        key = (kernel.fn, *map(type, args))
+        known = self.known.get(key)
+        if known is not None:
+            start, constants = known
+            start(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args], *constants)
+        elif (found := run(kernel, self.grid, *args, **self.options)) is not None:
+            compiled, constants = found
+            self.known[key] = compiled[self.grid], constants
 
 
 def _refuse_wrong_code(kernel, compiled) -> None:

@@ -93,9 +93,9 @@ def mamba3_scan(
     if backend == "auto":
         backend = "triton" if x.is_cuda else "reference"
     if backend == "triton":
-        y, state = _triton(tensors, options, initial_state, chunk_size, keep=not save_inputs_only)
-    else:
-        y, state = _reference(tensors, options, initial_state, chunk_size, recurrent=backend == "recurrent")
+        y, last = _triton(tensors, options, initial_state, chunk_size, keep=not save_inputs_only)
+        return (y, ScanState(last, B[:, -1], x[:, -1])) if return_state else y
+    y, state = _reference(tensors, options, initial_state, chunk_size, recurrent=backend == "recurrent")
     return (y, state) if return_state else y
 
 
@@ -124,8 +124,11 @@ def _reference(tensors, options, initial_state, chunk_size, recurrent):
 
 
 def _triton(tensors, options, initial_state, chunk_size, keep):
-    """Run the Triton kernels; the look-ahead into the first token is added to the incoming state out here."""
-    x, B, _, dt, _, trap, _, B_bias, _, _, _, mimo_x, *_ = tensors
+    """Run the Triton kernels; the look-ahead into the first token is added to the incoming state out here.
+
+    Returns y and the last state without its look-ahead: views for it would take autograd's time at every call.
+    """
+    x, _, _, dt, _, trap, _, B_bias, _, _, _, mimo_x, *_ = tensors
     check_triton(x)
     initial = None
     if initial_state is not None:
@@ -136,7 +139,7 @@ def _triton(tensors, options, initial_state, chunk_size, keep):
     ids = options["document_ids"]
     ids = None if ids is None else ids.to(torch.int32)
     out, last, *_ = scan(*tensors, options["norm_weight"], ids, initial, options["norm_eps"], chunk_size or 0, keep)
-    return out, ScanState(last, B[:, -1], x[:, -1])
+    return out, last
 
 
 def check_triton(x: Tensor) -> None:
@@ -161,7 +164,7 @@ def check_inputs(x, B, C, dt, A, trap, angles, B_bias, C_bias, D, z, mimo_x, mim
     pairs = 0 if angles is None else angles.shape[-1]
     if 2 * pairs > d_state:
         raise ValueError(f"angles rotate {pairs} pairs, more than the d_state of B, {d_state}, holds")
-    per_head, per_rank = (*tokens, heads), (heads, rank, head_dim)
+    device, per_head, per_rank = x.device, (*tokens, heads), (heads, rank, head_dim)
     expected = {
         "B": (B, (*tokens, rank, groups, d_state)),
         "C": (C, (*tokens, rank, groups, d_state)),
@@ -181,10 +184,10 @@ def check_inputs(x, B, C, dt, A, trap, angles, B_bias, C_bias, D, z, mimo_x, mim
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(f"{name} must be {shape} to fit x {tuple(x.shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: put both on one device")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {device}: put both on one device")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
     if rank > 1 and (mimo_x is None or mimo_o is None or (z is not None and mimo_z is None)):

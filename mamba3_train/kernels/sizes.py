@@ -1,17 +1,18 @@
-"""Sizes of one call of the Triton scan, and what follows from them."""
+"""Sizes of one call of the Triton scan, and what follows from them: each launch's grid and compile-time arguments."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import gcd
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from mamba3_train.kernels import launch_table, state_passing
+from mamba3_train.kernels import head_sum, launch_table, state_passing, token_scales
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import (
     Launch,
+    Launcher,
     choose,
     heads_in_pass,
     hopper,
@@ -22,9 +23,11 @@ from mamba3_train.kernels.launch import (
 )
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of one call and what follows from them."""
+class Given(NamedTuple):
+    """Sizes of one call and all else that decides how its kernels are launched.
+
+    types: the inputs' dtypes, None where there is none. token_stride: of x and z; ahead: programs ahead to fetch for.
+    """
 
     batch: int
     seqlen: int
@@ -34,30 +37,53 @@ class Sizes:
     d_state: int
     pairs: int
     rank: int
-    dtype: torch.dtype
+    fixed_angles: bool
+    types: Inputs
     device: torch.device
     launch: Launch
     on_hopper: bool
+    interpreted: bool
+    token_stride: int | None = None
+    ahead: int | None = None
+
+
+class Sizes(Given):
+    """Sizes of one call and what follows from them, computed when first asked for."""
 
     @classmethod
     def of(cls, inputs: Inputs, launch: Launch | int = 0) -> "Sizes":
         """Sizes of a call with this launch configuration of the portable kernels, or with the table's: in chunks of
-        this many tokens (0: as the table says), on the kernels for Hopper where they serve."""
-        batch, seqlen, heads, head_dim = inputs.x.shape
+        this many tokens (0: as the table says), on the kernels for Hopper where they serve. They may be symbols."""
+        x, angles = inputs.x, inputs.angles
         rank, groups, d_state = inputs.B.shape[2:]
-        pairs = 0 if inputs.angles is None else inputs.angles.shape[-1]
-        dtype, device = inputs.x.dtype, inputs.x.device
+        batch, seqlen, heads, head_dim = x.shape
+        pairs, fixed_angles = (0, False) if angles is None else (angles.shape[-1], angles.dim() == 1)
+        types, device = Inputs(*(t if t is None else t.dtype for t in inputs)), x.device
         on_hopper = False
         if isinstance(launch, int):
-            launch = choose(rank, head_dim, d_state, dtype, launch, shared_memory(device))
+            launch = choose(rank, head_dim, d_state, x.dtype, launch, shared_memory(device))
             on_hopper = runs_on_hopper(inputs, launch.chunk)
             if on_hopper:
                 launch = launch._replace(**launch_table.find("hopper", int(d_state * head_dim))["kernels"])
-        return cls(batch, seqlen, heads, groups, head_dim, d_state, pairs, rank, dtype, device, launch, on_hopper)
+        return cls(
+            batch, seqlen, heads, groups, head_dim, d_state, pairs, rank, fixed_angles, types, device, launch,
+            on_hopper, interpreted(),
+        )  # fmt: skip
 
+    @classmethod
+    def known(cls, inputs: Inputs, launch: Launch | int = 0) -> "Sizes":
+        """Sizes of a call with these inputs, which are `readable`; one object for equal calls."""
+        sizes = cls.of(inputs, launch)
+        return _known(sizes, inputs.token_stride, programs_ahead(sizes.device) if sizes.hardware else 0)
+
+    @cached_property
     def in_forward(self) -> "Sizes":
         """The same with the forward's passes, which need less memory a head."""
-        return replace(self, launch=self.launch._replace(heads=self.launch.forward_heads))
+        return self._replace(launch=self.launch._replace(heads=self.launch.forward_heads))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return self.types.x
 
     @cached_property
     def chunks(self) -> int:
@@ -72,6 +98,11 @@ class Sizes:
         return heads_in_pass(self.heads, self.groups, self.launch.heads)
 
     @cached_property
+    def passes(self) -> range:
+        """The first head of each pass."""
+        return range(0, self.heads, self.heads_here)
+
+    @cached_property
     def column_pairs(self) -> int:
         """Largest power of two up to 16 that divides the rotated and all pairs of columns."""
         return gcd(gcd(self.pairs, self.d_state // 2), 16)
@@ -82,27 +113,11 @@ class Sizes:
 
     @cached_property
     def hardware(self) -> bool:
-        return not interpreted() and torch.version.hip is None
+        return not self.interpreted and torch.version.hip is None
 
     @cached_property
-    def chunk_constants(self) -> dict:
-        """Compile-time arguments that the chunk kernels share."""
-        return {
-            "HEADS": self.heads, "HEADS_HERE": self.heads_here, "GROUPS": self.groups, "HEAD_DIM": self.head_dim,
-            "D_STATE": self.d_state, "PAIRS": self.pairs, "RANK": self.rank, "CHUNK": self.launch.chunk,
-            "PAIR_BLOCK": self.pair_block,
-            "REST_BLOCK": max(16, triton.next_power_of_2(self.d_state - 2 * self.pairs)),
-            "HARDWARE": self.hardware, "AHEAD": programs_ahead(self.device) if self.hardware else 0,
-            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
-        }  # fmt: skip
-
-    @cached_property
-    def passing_constants(self) -> dict:
-        return {
-            "HEADS": self.heads, "HEAD_DIM": self.head_dim, "D_STATE": self.d_state,
-            "PAIRS": self.pairs, "CHUNK": self.launch.chunk, "ROWS": state_passing.ROWS,
-            "COLUMN_PAIRS": self.column_pairs, "HARDWARE": self.hardware,
-        }  # fmt: skip
+    def passing_programs(self) -> int:
+        return self.turn_parts * (self.d_state // 2 // self.column_pairs)
 
     @cached_property
     def inner_parts(self) -> int:
@@ -110,27 +125,105 @@ class Sizes:
         return triton.next_power_of_2(self.passing_programs)
 
     @cached_property
-    def passing_programs(self) -> int:
-        return self.head_dim // state_passing.ROWS * (self.d_state // 2 // self.column_pairs)
+    def turn_parts(self) -> int:
+        """Partial sums of the gradient of a chunk's whole turn: one for ROWS rows of the state."""
+        return self.head_dim // state_passing.ROWS
 
-    def constants(self, inputs: Inputs) -> dict:
-        """Compile-time arguments of this call's chunk kernels."""
-        constants = self.chunk_constants | {"TOKEN_STRIDE": inputs.token_stride}
-        return {name: constants[name] for name in hopper().CONSTANTS} if self.on_hopper else constants
+    @cached_property
+    def head_blocks(self) -> int:
+        """Blocks of a pass's heads that one program of the token scales' backward takes together."""
+        return triton.cdiv(self.heads_here, token_scales.HEAD_BLOCK)
 
-    def keeps_y(self, inputs: Inputs) -> bool:
+    @cached_property
+    def token_blocks(self) -> int:
+        """Blocks of tokens that one program of the head sums takes together."""
+        return triton.cdiv(self.seqlen, head_sum.tile(self.rank)["TOKENS"])
+
+    @cached_property
+    def on_chunks(self) -> dict[str, Launcher]:
+        """Launches of each chunk kernel."""
+        constants = {
+            "HEADS": self.heads, "HEADS_HERE": self.heads_here, "GROUPS": self.groups, "HEAD_DIM": self.head_dim,
+            "D_STATE": self.d_state, "PAIRS": self.pairs, "RANK": self.rank, "CHUNK": self.launch.chunk,
+            "PAIR_BLOCK": self.pair_block,
+            "REST_BLOCK": max(16, triton.next_power_of_2(self.d_state - 2 * self.pairs)),
+            "HARDWARE": self.hardware, "AHEAD": self.ahead, "TOKEN_STRIDE": self.token_stride,
+            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
+        }  # fmt: skip
+        if self.on_hopper:
+            constants = {name: constants[name] for name in hopper().CONSTANTS}
+        return {
+            kernel: Launcher(self.chunk_grid, constants | self.launch.options(kernel, self.hardware))
+            for kernel in ("states", "outputs", "outputs_backward", "queries", "keys")
+        }
+
+    @cached_property
+    def chunk_grid(self) -> tuple[int, int]:
+        return self.chunks * self.heads_here, self.batch
+
+    @cached_property
+    def gate_backward(self) -> Launcher:
+        options = {
+            "HEADS": self.heads, "HEADS_HERE": self.heads_here, "HEAD_DIM": self.head_dim, "CHUNK": self.launch.chunk,
+            "HARDWARE": self.hardware, "TOKEN_STRIDE": self.token_stride, "num_warps": 4,
+        }  # fmt: skip
+        return Launcher(self.chunk_grid, options)
+
+    @cached_property
+    def passing(self) -> Launcher:
+        options = {
+            "HEADS": self.heads, "HEAD_DIM": self.head_dim, "D_STATE": self.d_state, "PAIRS": self.pairs,
+            "CHUNK": self.launch.chunk, "ROWS": state_passing.ROWS, "COLUMN_PAIRS": self.column_pairs,
+            "HARDWARE": self.hardware, "UNROLL": 2 if self.interpreted else state_passing.UNROLL, "num_warps": 1,
+        }  # fmt: skip
+        return Launcher((self.passing_programs, self.heads_here, self.batch), options)
+
+    @cached_property
+    def passing_backward(self) -> Launcher:
+        unroll = 2 if self.interpreted else state_passing.UNROLL_BACKWARD
+        return Launcher(self.passing.grid, self.passing.options | {"UNROLL": unroll, "INNER_PARTS": self.inner_parts})
+
+    @cached_property
+    def scales(self) -> Launcher:
+        """All heads at once."""
+        blocks = self.chunks * triton.cdiv(self.heads, token_scales.HEAD_BLOCK)
+        options = self._scales_options | {"HEAD_SPLIT": token_scales.HEAD_SPLIT}
+        return Launcher((blocks * token_scales.HEAD_SPLIT, self.batch), options)
+
+    @cached_property
+    def scales_backward(self) -> Launcher:
+        options = self._scales_options | {
+            "HEADS_HERE": self.heads_here, "INITIAL_STATE": self.types.initial is not None,
+            "INNER_PARTS": self.inner_parts, "TURN_PARTS": self.turn_parts,
+            "HEADS_AHEAD": token_scales.heads_ahead(self.pair_block), "HARDWARE": self.hardware,
+        }  # fmt: skip
+        return Launcher((self.chunks * self.head_blocks, self.batch), options)
+
+    @cached_property
+    def _scales_options(self) -> dict:
+        return {
+            "HEADS": self.heads, "PAIRS": self.pairs, "CHUNK": self.launch.chunk,
+            "TOKEN_BLOCK": max(16, self.launch.chunk), "PAIR_BLOCK": self.pair_block,
+            "FIXED_ANGLES": self.fixed_angles, "EXACT": self.dtype == torch.float32,
+            "HEAD_BLOCK": token_scales.HEAD_BLOCK, "num_warps": 4,
+        }  # fmt: skip
+
+    @cached_property
+    def head_sums(self) -> Launcher:
+        tile = head_sum.tile(self.rank)
+        blocks = self.token_blocks * triton.cdiv(self.d_state, tile["COLUMNS"])
+        groups_here = max(1, self.heads_here * self.groups // self.heads)
+        options = {"HEADS": self.heads, "GROUPS": self.groups, "D_STATE": self.d_state, "RANK": self.rank} | tile
+        return Launcher((blocks, self.rank * groups_here, self.batch), options)
+
+    @property
+    def keeps_y(self) -> bool:
         """Whether the forward keeps y: at rank 1 behind a gate, where the portable kernels recompute it at some cost.
 
         The norm's gradient would suffer from y's rounding.
         """
-        gated = inputs.z is not None or inputs.mimo_o is not None
-        return self.rank == 1 and gated and inputs.norm_weight is None and not self.on_hopper
-
-    def passes(self):
-        return range(0, self.heads, self.heads_here)
-
-    def chunk_grid(self) -> tuple[int, int]:
-        return self.chunks * self.heads_here, self.batch
+        gated = self.types.z is not None or self.types.mimo_o is not None
+        return self.rank == 1 and gated and self.types.norm_weight is None and not self.on_hopper
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -138,3 +231,8 @@ class Sizes:
     def state_slots(self, slots: int) -> Tensor:
         """One state for each slot and head of a pass."""
         return self.empty(self.batch, slots, self.heads_here, self.head_dim, self.d_state, dtype=self.dtype)
+
+
+@lru_cache(maxsize=256)
+def _known(sizes: Sizes, token_stride: int, ahead: int) -> Sizes:
+    return sizes._replace(token_stride=token_stride, ahead=ahead)

@@ -1,6 +1,8 @@
 """The Triton scan as a PyTorch operator: shapes for torch.compile, gradients for autograd.
 
-Importing this needs no Triton: the kernels are imported when the operator first runs.
+Importing this needs no Triton: the kernels are imported when the operator first runs. The operators are given to the
+dispatcher directly, because at every call `torch.library.custom_op` takes the host longer than all of a forward's
+launches.
 """
 
 import torch
@@ -20,13 +22,19 @@ _DOCUMENT_IDS = 15
 # would cost autograd about as much time on the host as the kernels take on the device.
 _KEPT = 6
 
+_library = torch.library.Library("mamba3_train", "FRAGMENT")
 
-@torch.library.custom_op(
-    "mamba3_train::scan",
-    mutates_args=(),
-    schema=f"({_INPUTS}, float norm_eps, int chunk, bool keep) -> ({', '.join(['Tensor'] * (2 + _KEPT))})",
-)
-def scan(*arguments):
+
+def _operator(schema: str, kernel, fake):
+    """Define an operator: `kernel` runs it on any device, `fake` gives its results' shapes."""
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    name = schema.partition("(")[0]
+    _library.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mamba3_train::{name}", fake, lib=_library)
+    return getattr(torch.ops.mamba3_train, name).default
+
+
+def _scan(*arguments):
     """Outputs, last state, and what is kept for the backward: the per-token scales and, where it pays, y.
 
     Inputs as `inputs.Inputs`; chunk 0 leaves its size to the table; keep False keeps nothing but the inputs.
@@ -39,8 +47,7 @@ def scan(*arguments):
     return out, last, *(out.new_empty(0) if tensor is None else tensor for tensor in kept)
 
 
-@scan.register_fake
-def _(*arguments):
+def _scan_shapes(*arguments):
     from mamba3_train.kernels.sizes import Sizes
     from mamba3_train.kernels.triton_scan import scale_shapes
 
@@ -51,48 +58,74 @@ def _(*arguments):
     if keep:
         sizes = Sizes.of(inputs, chunk)
         kept[:5] = [x.new_empty(shape, dtype=dtype) for shape, dtype in scale_shapes(sizes)]
-        kept[5] = x.new_empty(x.shape if sizes.keeps_y(inputs) else 0)
+        kept[5] = x.new_empty(x.shape if sizes.keeps_y else 0)
     last = x.new_empty((x.shape[0], x.shape[2], x.shape[3], d_state), dtype=torch.float32)
     return x.new_empty(x.shape), last, *kept
 
 
-@torch.library.custom_op(
-    "mamba3_train::scan_backward",
-    mutates_args=(),
-    schema=f"(Tensor d_out, Tensor? d_last, {_INPUTS}, Tensor[] kept, float norm_eps, int chunk) -> Tensor[]",
-)
-def scan_backward(d_out, d_last, *arguments):
+def _scan_backward(d_out, d_last, *arguments):
     """Gradients of the inputs that are not None, document_ids excepted, in order."""
     from mamba3_train.kernels.triton_scan import Kept, Scales, scan_backward
 
     *tensors, kept, norm_eps, chunk = arguments
     *scales, y = kept
     kept = Kept(Scales(*scales), y if y.numel() else None) if scales[0].numel() else None
-    d_last = None if d_last is None else d_last.contiguous()
+    d_last = None if d_last is None else aligned(d_last.contiguous())
     grads = scan_backward(Inputs(*tensors).readable(), norm_eps, aligned(d_out.contiguous()), d_last, kept, chunk)
     return [grad for grad in grads if grad is not None]
 
 
-@scan_backward.register_fake
-def _(d_out, d_last, *arguments):
+def _scan_backward_shapes(d_out, d_last, *arguments):
     tensors = arguments[:_COUNT]
     return [t.new_empty(t.shape) for i, t in enumerate(tensors) if t is not None and i != _DOCUMENT_IDS]
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.norm_eps, ctx.chunk, _ = inputs
-    ctx.save_for_backward(*tensors, *output[2:])
-    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
+scan = _operator(
+    f"scan({_INPUTS}, float norm_eps, int chunk, bool keep) -> ({', '.join(['Tensor'] * (2 + _KEPT))})",
+    _scan, _scan_shapes,
+)  # fmt: skip
+scan_backward = _operator(
+    f"scan_backward(Tensor d_out, Tensor? d_last, {_INPUTS}, Tensor[] kept, float norm_eps, int chunk) -> Tensor[]",
+    _scan_backward, _scan_backward_shapes,
+)  # fmt: skip
 
 
-def _backward(ctx, d_out, d_last, *_):
-    saved = ctx.saved_tensors  # once: reading it again would recompute a checkpointed forward again
-    tensors, kept = saved[:_COUNT], saved[_COUNT:]
-    if d_out is None:
-        d_out = torch.zeros_like(tensors[0])
-    grads = iter(scan_backward(d_out, d_last, *tensors, list(kept), ctx.norm_eps, ctx.chunk))
-    ordered = [None if t is None or i == _DOCUMENT_IDS else next(grads) for i, t in enumerate(tensors)]
-    return *ordered, None, None, None
+def _below_autograd(keyset, *arguments):
+    """What follows autograd in the dispatcher: modes that look at operators, then the kernel."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return scan.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
-scan.register_autograd(_backward, setup_context=_setup_context)
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, *arguments):
+        output = _below_autograd(keyset, *arguments)
+        *tensors, ctx.norm_eps, ctx.chunk, _ = arguments
+        ctx.save_for_backward(*tensors, *output[2:])
+        ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
+        return output
+
+    @staticmethod
+    def backward(ctx, d_out, d_last, *_):
+        saved = ctx.saved_tensors  # once: reading it again would recompute a checkpointed forward again
+        tensors, kept = saved[:_COUNT], saved[_COUNT:]
+        if d_out is None:
+            d_out = torch.zeros_like(tensors[0])
+        grads = iter(scan_backward(d_out, d_last, *tensors, list(kept), ctx.norm_eps, ctx.chunk))
+        ordered = [None if t is None or i == _DOCUMENT_IDS else next(grads) for i, t in enumerate(tensors)]
+        return None, *ordered, None, None, None
+
+
+@torch._disable_dynamo  # where a graph breaks before it, the compiler is not to look into a call
+def _with_gradient(keyset, *arguments):
+    return (_Differentiable.apply if torch.is_grad_enabled() else _below_autograd)(keyset, *arguments)
+
+
+_library.impl("scan", _with_gradient, "Autograd", with_keyset=True)
+
+
+def _second_derivative(ctx, *_):
+    raise RuntimeError("backend 'triton' has no second derivative: use 'reference'")
+
+
+torch.library.register_autograd("mamba3_train::scan_backward", _second_derivative, lib=_library)

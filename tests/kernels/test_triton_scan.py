@@ -177,7 +177,7 @@ def staged(rank=1, seqlen=37, with_documents=True, with_state=True):
     initial = torch.randn(2, 2, 16, 16, device=DEVICE) if with_state else None
     names = [name for name in Inputs._fields if name not in ("document_ids", "initial")]
     ours = Inputs(*(inputs.get(name) for name in names), ids, initial)
-    sizes = Sizes.of(ours, Launch(chunk=16 // rank, heads=1))
+    sizes = Sizes.known(ours, Launch(chunk=16 // rank, heads=1))
     chunk = sizes.launch.chunk
     wide = {name: tensor.double() for name, tensor in inputs.items()}
     scales = [
@@ -268,6 +268,14 @@ def test_operator_is_registered_right(keep):
     inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(seqlen=5, batch=1, heads=1).items()}
     tensors = [inputs.get(name) for name in Inputs._fields]
     torch.library.opcheck(scan, (*tensors, 1e-5, 16, keep))
+
+
+def test_a_second_derivative_is_refused():
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(seqlen=3, batch=1, heads=1).items()}
+    y = mamba3_scan(**inputs, backend="triton", chunk_size=16)
+    (d_x,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        d_x.sum().backward()
 
 
 def test_compiles_into_one_graph():
