@@ -90,16 +90,16 @@ scan_backward = _operator(
 )  # fmt: skip
 
 
-def _below_autograd(keyset, *arguments):
+def _below_autograd(*arguments):
     """What follows autograd in the dispatcher: modes that look at operators, then the kernel."""
     with torch._C._AutoDispatchBelowAutograd():
-        return scan.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        return scan(*arguments)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keyset, *arguments):
-        output = _below_autograd(keyset, *arguments)
+    def forward(ctx, *arguments):
+        output = _below_autograd(*arguments)
         *tensors, ctx.norm_eps, ctx.chunk, _ = arguments
         ctx.save_for_backward(*tensors, *output[2:])
         ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
@@ -113,15 +113,15 @@ class _Differentiable(torch.autograd.Function):
             d_out = torch.zeros_like(tensors[0])
         grads = iter(scan_backward(d_out, d_last, *tensors, list(kept), ctx.norm_eps, ctx.chunk))
         ordered = [None if t is None or i == _DOCUMENT_IDS else next(grads) for i, t in enumerate(tensors)]
-        return None, *ordered, None, None, None
+        return *ordered, None, None, None
 
 
 @torch._disable_dynamo  # where a graph breaks before it, the compiler is not to look into a call
-def _with_gradient(keyset, *arguments):
-    return (_Differentiable.apply if torch.is_grad_enabled() else _below_autograd)(keyset, *arguments)
+def _with_gradient(*arguments):
+    return (_Differentiable.apply if torch.is_grad_enabled() else _below_autograd)(*arguments)
 
 
-_library.impl("scan", _with_gradient, "Autograd", with_keyset=True)
+_library.impl("scan", _with_gradient, "Autograd")
 
 
 def _second_derivative(ctx, *_):
