@@ -90,16 +90,16 @@ scan_backward = _operator(
 )  # fmt: skip
 
 
-def _below_autograd(*arguments):
+def _below_autograd(operator, *arguments):
     """What follows autograd in the dispatcher: modes that look at operators, then the kernel."""
     with torch._C._AutoDispatchBelowAutograd():
-        return scan(*arguments)
+        return operator(*arguments)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        output = _below_autograd(*arguments)
+        output = _below_autograd(scan, *arguments)
         *tensors, ctx.norm_eps, ctx.chunk, _ = arguments
         ctx.save_for_backward(*tensors, *output[2:])
         ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
@@ -111,14 +111,17 @@ class _Differentiable(torch.autograd.Function):
         tensors, kept = saved[:_COUNT], saved[_COUNT:]
         if d_out is None:
             d_out = torch.zeros_like(tensors[0])
-        grads = iter(scan_backward(d_out, d_last, *tensors, list(kept), ctx.norm_eps, ctx.chunk))
+        arguments = (d_out, d_last, *tensors, list(kept), ctx.norm_eps, ctx.chunk)
+        # Autograd has to see it where a graph of the gradients is wanted, to refuse their derivatives.
+        wanted = torch.is_grad_enabled()
+        grads = iter(scan_backward(*arguments) if wanted else _below_autograd(scan_backward, *arguments))
         ordered = [None if t is None or i == _DOCUMENT_IDS else next(grads) for i, t in enumerate(tensors)]
         return *ordered, None, None, None
 
 
 @torch._disable_dynamo  # where a graph breaks before it, the compiler is not to look into a call
 def _with_gradient(*arguments):
-    return (_Differentiable.apply if torch.is_grad_enabled() else _below_autograd)(*arguments)
+    return _Differentiable.apply(*arguments) if torch.is_grad_enabled() else _below_autograd(scan, *arguments)
 
 
 _library.impl("scan", _with_gradient, "Autograd")
