@@ -10,5 +10,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     Comes after the choice of what is recomputed, which the compiler must see, and before sharding, whose hooks it must
     not. Names and parameters stay as they are: only the layers' `forward` is replaced.
     """
+    # Under DDP graphs would be cut where a bucket of gradients is full, so that in whole models communication begins
+    # early. Layers are small enough for that, and what is cut apart keeps more for the backward.
+    torch._dynamo.config.optimize_ddp = False
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend)
