@@ -75,6 +75,7 @@ def compared(tmp_path_factory):
     command = [
         sys.executable, "-m", "mamba3_train.compare", "+recipe=parity", f"run.dir={folder}", "trainer.max_steps=6",
         "trainer.accelerator=cpu", "data.curriculum_steps=3", "trainer.log_every_n_steps=2", "data.num_workers=0",
+        "data.sequence_length=64", "data.longest=[4,64]", "data.global_batch_size=16", "data.micro_batch_size=16",
         "report.accuracy_lengths=[8,48]", "report.accuracy_documents=40", "~comparison.variants.without_rotation",
         "~comparison.variants.data_independent_rotation", "~comparison.variants.mamba3",
     ]  # fmt: skip
@@ -95,7 +96,7 @@ def test_the_command_ends_with_table_and_picture(compared):
             right = 40 * (value + 1) / 2
             assert right == pytest.approx(round(right))
             assert 0 <= right <= 40
-        assert run["tokens"] == 6 * 32 * 64
+        assert run["tokens"] == 6 * 16 * 64
         summary = json.loads((folder / f"{run['variant']}-seed0" / "summary.json").read_text())
         assert summary["scaled_accuracy"] == run["score"]
         assert summary["val/loss"] > 0
