@@ -19,6 +19,7 @@ from mamba3_train.kernels.hopper.memory import (
     fetch_chunk_ahead,
     load_by_token,
     load_parts,
+    place_of_program,
     read_by_rank,
     read_by_token,
     share,
@@ -61,15 +62,10 @@ def hopper_chunk_keys_backward_kernel(
     valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
     turned: gl.constexpr = accumulator_layout(PAIRS, RANK)
     square: gl.constexpr = product_layout(64)
-    chunk = gl.program_id(0) // HEADS_HERE
-    here = gl.program_id(0) % HEADS_HERE
-    batch = gl.program_id(1).to(gl.int64)
-    head = head_start + here
-    start = batch * seqlen + chunk * CHUNK
-    left = seqlen - chunk * CHUNK
-    scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
+    chunk, here, batch, head, start, left, scalars, keys = place_of_program(
+        seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK
+    )
     rows = ((batch * HEADS_HERE + here) * chunks + chunk) * (CHUNK * RANK)
-    keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
     partial = (batch * chunks + chunk) * HEADS + head
     ids = None if document_ids is None else document_ids + start
     log_decay += scalars

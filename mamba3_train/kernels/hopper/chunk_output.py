@@ -20,6 +20,7 @@ from mamba3_train.kernels.hopper.memory import (
     fetch_chunk_ahead,
     load_by_token,
     load_parts,
+    place_of_program,
     read_by_rank,
     read_by_token,
     store_tokens,
@@ -126,14 +127,9 @@ def hopper_chunk_outputs_kernel(
     """states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk. out: like x."""
     STRIDE: gl.constexpr = GROUPS * D_STATE
     valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
-    chunk = gl.program_id(0) // HEADS_HERE
-    here = gl.program_id(0) % HEADS_HERE
-    batch = gl.program_id(1).to(gl.int64)
-    head = head_start + here
-    start = batch * seqlen + chunk * CHUNK
-    left = seqlen - chunk * CHUNK
-    scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
-    keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
+    chunk, here, batch, head, start, left, scalars, keys = place_of_program(
+        seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK
+    )
     tokens = start * TOKEN_STRIDE + head * HEAD_DIM
     packed = (start * HEADS + head) * HEAD_DIM
     ids = None if document_ids is None else document_ids + start

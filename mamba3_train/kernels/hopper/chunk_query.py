@@ -18,6 +18,7 @@ from mamba3_train.kernels.hopper.layouts import accumulator_layout, product_layo
 from mamba3_train.kernels.hopper.memory import (
     by_row,
     load_by_token,
+    place_of_program,
     read_by_rank,
     read_by_token,
     share,
@@ -53,15 +54,10 @@ def hopper_chunk_queries_backward_kernel(
     dtype: gl.constexpr = x.dtype.element_ty
     valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
     turned: gl.constexpr = accumulator_layout(PAIRS, RANK)
-    chunk = gl.program_id(0) // HEADS_HERE
-    here = gl.program_id(0) % HEADS_HERE
-    batch = gl.program_id(1).to(gl.int64)
-    head = head_start + here
-    start = batch * seqlen + chunk * CHUNK
-    left = seqlen - chunk * CHUNK
-    scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
+    chunk, here, batch, head, start, left, scalars, keys = place_of_program(
+        seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK
+    )
     rows = ((batch * HEADS_HERE + here) * chunks + chunk) * (CHUNK * RANK)
-    keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
     tokens = start * TOKEN_STRIDE + head * HEAD_DIM
     packed = (start * HEADS + head) * HEAD_DIM
     ids = None if document_ids is None else document_ids + start

@@ -12,6 +12,7 @@ from mamba3_train.kernels.hopper.memory import (
     fetch_chunk_ahead,
     load_by_token,
     load_parts,
+    place_of_program,
     store_parts,
 )
 from mamba3_train.kernels.hopper.tiles import (
@@ -35,14 +36,9 @@ def hopper_chunk_states_kernel(
     STRIDE: gl.constexpr = GROUPS * D_STATE
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     pairs: gl.constexpr = row_layout(PAIRS, RANK)
-    chunk = gl.program_id(0) // HEADS_HERE
-    here = gl.program_id(0) % HEADS_HERE
-    batch = gl.program_id(1).to(gl.int64)
-    head = head_start + here
-    start = batch * seqlen + chunk * CHUNK
-    left = seqlen - chunk * CHUNK
-    scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
-    keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
+    chunk, here, batch, head, start, left, scalars, keys = place_of_program(
+        seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK
+    )
     ids = None if document_ids is None else document_ids + start
 
     k0, k1, k2 = load_parts(B + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)

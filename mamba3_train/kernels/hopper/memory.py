@@ -29,6 +29,25 @@ fetch_ahead = gluon.jit(tiles.fetch_ahead.fn)
 
 
 @gluon.jit
+def place_of_program(seqlen, chunks, head_start, HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr,
+                     D_STATE: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr):  # fmt: skip
+    """A program's chunk, head of the pass, row of the batch and head of all, and where its tokens begin.
+
+    start, left: the chunk's first token among all rows', and how many from there to the row's end. scalars: the chunk's
+    first number in what has one a token and head, padded. keys: its first row of B and C.
+    """
+    chunk = gl.program_id(0) // HEADS_HERE
+    here = gl.program_id(0) % HEADS_HERE
+    batch = gl.program_id(1).to(gl.int64)
+    head = head_start + here
+    start = batch * seqlen + chunk * CHUNK
+    left = seqlen - chunk * CHUNK
+    scalars = (batch * HEADS + head) * chunks * CHUNK + chunk * CHUNK
+    keys = start * (RANK * GROUPS * D_STATE) + head // (HEADS // GROUPS) * D_STATE
+    return chunk, here, batch, head, start, left, scalars, keys
+
+
+@gluon.jit
 def load_rows(rows, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
     """WIDTH columns of a chunk's rows, STRIDE apart: (CHUNK, RANK, WIDTH), zero past the sequence's end."""
     layout: gl.constexpr = row_layout(WIDTH, RANK)
