@@ -3,7 +3,7 @@
 s3fs refuses them, so no compressed file at an s3:// address can be read (huggingface/datasets, issue 7295).
 """
 
-from functools import partial
+from functools import cache, partial
 
 import fsspec
 from datasets.filesystems import COMPRESSION_FILESYSTEMS
@@ -21,6 +21,7 @@ class _AtAnyAddress:
             self._open_with_fsspec = partial(self._open_with_fsspec, client_kwargs=own)
 
 
+@cache
 def register() -> None:
     """Let `datasets` read compressed files at every address that `fsspec` knows."""
     for kind in COMPRESSION_FILESYSTEMS:

@@ -266,7 +266,8 @@ def _file_system_of(address: str, process: int):
     import fsspec  # a tenth of a second of import that local corpora do not need
 
     try:
-        return fsspec.core.url_to_fs(address, skip_instance_cache=True)[0]
+        # No remembered listings: what is uploaded again must be found as it is now.
+        return fsspec.core.url_to_fs(address, skip_instance_cache=True, use_listings_cache=False)[0]
     except (ImportError, ValueError) as error:  # no such kind of address, or its package is missing
         raise UserError(f"{address} cannot be opened: {error} (pip install 'mamba3-train[remote]')") from error
 

@@ -186,6 +186,14 @@ def test_a_shard_that_goes_missing_later_is_named(corpus, remote, tmp_path):
         batches(data)
 
 
+def test_one_file_system_a_process_that_remembers_no_listing(remote):
+    """s3fs would read a shard that is uploaded again by its old size and tag, at every attempt."""
+    system = corpus_files._file_system(ADDRESS)
+    assert corpus_files._file_system(ADDRESS) is system
+    assert system is not remote
+    assert not system.dircache.use_listings_cache
+
+
 def test_unreachable_and_unknown_addresses(remote, tmp_path):
     with pytest.raises(UserError, match=r"no prepared corpus at faulty://bucket/nothing"):
         module("faulty://bucket/nothing", tmp_path)
