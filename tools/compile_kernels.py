@@ -144,8 +144,10 @@ def main(sizes, arch, chunk):
         scan_sizes.programs_ahead = lambda device: 0
     scan_sizes.shared_memory = lambda device: SHARED_MEMORY[arch]
     on_hopper = scan_sizes.runs_on_hopper
-    for size, gear in itertools.product(sizes, ("portable", "hopper") if arch == 90 else ("portable",)):
-        scan_sizes.runs_on_hopper = on_hopper if gear == "hopper" else lambda *_: False
+    gears = ("portable", "hopper", "hopper, whole sequences") if arch == 90 else ("portable",)
+    for size, gear in itertools.product(sizes, gears):
+        scan_sizes.runs_on_hopper = on_hopper if "hopper" in gear else lambda *_: False
+        scan_sizes.WALKS = 1 if "whole" in gear else 1 << 30
         inputs = meta_inputs(**SIZES[size])
         _, last, kept = triton_scan.scan_forward(inputs, 1e-5, keep=True, launch=chunk)
         triton_scan.scan_backward(inputs, 1e-5, inputs.x.contiguous(), last, kept, chunk)

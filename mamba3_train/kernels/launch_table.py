@@ -31,3 +31,8 @@ def find(gear: str, size: int) -> dict:
 def heads_of_pass(row: dict, rank: int) -> int:
     """Heads that one pass of the backward takes, by a row of the table: fewer at higher ranks, for the same memory."""
     return max(1, row["heads"] // max(1, rank // 2))
+
+
+def chunks_of_span(rank: int) -> int:
+    """Chunks of a span, at whose start the kernels for Hopper keep the state for the backward."""
+    return 32 if rank == 1 else 64

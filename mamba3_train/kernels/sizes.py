@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba3_train.kernels import head_sum, launch_table, state_passing, token_scales
+from mamba3_train.kernels import head_sum, launch_table, span_passing, state_passing, token_scales
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import (
     Launch,
@@ -21,6 +21,12 @@ from mamba3_train.kernels.launch import (
     runs_on_hopper,
     shared_memory,
 )
+
+WALKS = 256
+"""As many programs at a time walk along whole sequences at least: two for each multiprocessor."""
+
+WARPS = 4
+"""Of every kernel for Hopper: what one stores for each of its warps is in so many parts."""
 
 
 class Given(NamedTuple):
@@ -79,7 +85,10 @@ class Sizes(Given):
     @cached_property
     def in_forward(self) -> "Sizes":
         """The same with the forward's passes, which need less memory a head."""
-        return self._replace(launch=self.launch._replace(heads=self.launch.forward_heads))
+        heads = self.launch.forward_heads
+        if self.on_hopper and self.walks_whole:
+            heads = max(heads, WALKS // self.batch)
+        return self._replace(launch=self.launch._replace(heads=heads))
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -117,17 +126,17 @@ class Sizes(Given):
 
     @cached_property
     def passing_programs(self) -> int:
-        return self.turn_parts * (self.d_state // 2 // self.column_pairs)
+        return self.head_dim // state_passing.ROWS * (self.d_state // 2 // self.column_pairs)
 
     @cached_property
     def inner_parts(self) -> int:
         """Partial sums of S · dS a chunk: one a program of the state passing, padded to a power of two."""
-        return triton.next_power_of_2(self.passing_programs)
+        return WARPS if self.on_hopper else triton.next_power_of_2(self.passing_programs)
 
     @cached_property
     def turn_parts(self) -> int:
         """Partial sums of the gradient of a chunk's whole turn: one for ROWS rows of the state."""
-        return self.head_dim // state_passing.ROWS
+        return WARPS if self.on_hopper else self.head_dim // state_passing.ROWS
 
     @cached_property
     def head_blocks(self) -> int:
@@ -156,6 +165,55 @@ class Sizes(Given):
             kernel: Launcher(self.chunk_grid, constants | self.launch.options(kernel, self.hardware))
             for kernel in ("states", "outputs", "outputs_backward", "queries", "keys")
         }
+
+    @property
+    def span(self) -> int:
+        return launch_table.chunks_of_span(self.rank)
+
+    @cached_property
+    def spans(self) -> int:
+        """Of a sequence, on Hopper: see `state_walks`."""
+        return -(-self.chunks // self.span)
+
+    @cached_property
+    def kept_states(self) -> tuple[int, ...]:
+        """Shape of the spans' states."""
+        return self.batch, self.heads, self.spans, self.head_dim, self.d_state
+
+    @cached_property
+    def walks_whole(self) -> bool:
+        """Whether one program walks a head's whole sequence in the forward: where there are enough to fill a GPU."""
+        return self.batch * self.heads >= WALKS
+
+    @cached_property
+    def walk_whole(self) -> Launcher:
+        return Launcher((self.heads_here, self.batch, 1), self._walk_options | {"WALK": 0})
+
+    @cached_property
+    def walk_spans(self) -> Launcher:
+        return Launcher((self.heads_here, self.batch, self.spans), self._walk_options | {"WALK": self.span})
+
+    @cached_property
+    def walk_back(self) -> Launcher:
+        options = {name: v for name, v in self._walk_options.items() if name not in ("TOKEN_STRIDE", "SPAN")}
+        return Launcher(self.walk_spans.grid, options | {"WALK": self.span, "INNER_PARTS": self.inner_parts})
+
+    @cached_property
+    def _walk_options(self) -> dict:
+        options = {name: value for name, value in self.on_chunks["states"].options.items() if name != "AHEAD"}
+        return options | {"SPAN": self.span}
+
+    @cached_property
+    def span_passing(self) -> tuple[Launcher, Launcher]:
+        """Of the states, and of their gradients."""
+        options = {name: v for name, v in self.passing.options.items() if name not in ("CHUNK", "UNROLL")}
+        options |= {"HEADS_HERE": self.heads_here, "AHEAD": span_passing.AHEAD}
+        return tuple(Launcher(self.passing.grid, options | {"BACKWARD": backward}) for backward in (False, True))
+
+    @cached_property
+    def of_all_heads(self) -> "Sizes":
+        """The same in one pass."""
+        return self._replace(launch=self.launch._replace(heads=self.heads))
 
     @cached_property
     def chunk_grid(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ UNROLL_BACKWARD = 8
 
 
 @triton.jit
-def _tile(D_STATE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, COLUMN_PAIRS: tl.constexpr):
+def tile(D_STATE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, COLUMN_PAIRS: tl.constexpr):
     """Offsets of the program's first columns, distance to their second columns, whether rotated, and first pair."""
     blocks: tl.constexpr = D_STATE // 2 // COLUMN_PAIRS
     pair = tl.program_id(0) % blocks * COLUMN_PAIRS
@@ -70,7 +70,7 @@ def state_passing_kernel(
     here = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     head = batch * HEADS + head_start + here
-    at, second, rotated, pair = _tile(D_STATE, PAIRS, ROWS, COLUMN_PAIRS)
+    at, second, rotated, pair = tile(D_STATE, PAIRS, ROWS, COLUMN_PAIRS)
     local += (batch * chunks * heads_here + here) * SIZE
     before += (batch * (chunks + 1) * heads_here + here) * SIZE
     chunk_decay += head * chunks
@@ -127,7 +127,7 @@ def state_passing_backward_kernel(
     here = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     head = batch * HEADS + head_start + here
-    at, second, rotated, pair = _tile(D_STATE, PAIRS, ROWS, COLUMN_PAIRS)
+    at, second, rotated, pair = tile(D_STATE, PAIRS, ROWS, COLUMN_PAIRS)
     d_local += (batch * chunks * heads_here + here) * SIZE
     d_at_end += (batch * chunks * heads_here + here) * SIZE
     before += (batch * (chunks + 1) * heads_here + here) * SIZE

@@ -18,9 +18,9 @@ _COUNT = len(_INPUTS.split(","))
 _DOCUMENT_IDS = 15
 
 
-# log_decay, key_log, diagonal, chunk_decay, phase and y; empty where nothing is kept. Single tensors: a list of them
-# would cost autograd about as much time on the host as the kernels take on the device.
-_KEPT = 6
+# log_decay, key_log, diagonal, chunk_decay, phase, y and states; empty where nothing is kept. Single tensors: a list of
+# them would cost autograd about as much time on the host as the kernels take on the device.
+_KEPT = 7
 
 _library = torch.library.Library("mamba3_train", "FRAGMENT")
 
@@ -43,7 +43,7 @@ def _scan(*arguments):
 
     *tensors, norm_eps, chunk, keep = arguments
     out, last, kept = scan_forward(Inputs(*tensors).readable(), norm_eps, keep, chunk)
-    kept = (*kept.scales, kept.y) if keep else [None] * _KEPT
+    kept = (*kept.scales, kept.y, kept.states) if keep else [None] * _KEPT
     return out, last, *(out.new_empty(0) if tensor is None else tensor for tensor in kept)
 
 
@@ -59,6 +59,7 @@ def _scan_shapes(*arguments):
         sizes = Sizes.of(inputs, chunk)
         kept[:5] = [x.new_empty(shape, dtype=dtype) for shape, dtype in scale_shapes(sizes)]
         kept[5] = x.new_empty(x.shape if sizes.keeps_y else 0)
+        kept[6] = x.new_empty(sizes.kept_states if sizes.on_hopper else 0, dtype=torch.float32)
     last = x.new_empty((x.shape[0], x.shape[2], x.shape[3], d_state), dtype=torch.float32)
     return x.new_empty(x.shape), last, *kept
 
@@ -68,8 +69,9 @@ def _scan_backward(d_out, d_last, *arguments):
     from mamba3_train.kernels.triton_scan import Kept, Scales, scan_backward
 
     *tensors, kept, norm_eps, chunk = arguments
-    *scales, y = kept
-    kept = Kept(Scales(*scales), y if y.numel() else None) if scales[0].numel() else None
+    *scales, y, states = kept
+    y, states = (tensor if tensor.numel() else None for tensor in (y, states))
+    kept = Kept(Scales(*scales), y, states) if scales[0].numel() else None
     d_last = None if d_last is None else aligned(d_last.contiguous())
     grads = scan_backward(Inputs(*tensors).readable(), norm_eps, aligned(d_out.contiguous()), d_last, kept, chunk)
     return [grad for grad in grads if grad is not None]

@@ -17,6 +17,7 @@ from mamba3_train.kernels import (
     gate,
     head_sum,
     state_passing,
+    state_walks,
     token_scales,
 )
 from mamba3_train.kernels.inputs import Inputs
@@ -37,11 +38,13 @@ class Scales(NamedTuple):
 class Kept(NamedTuple):
     """What the forward may keep for the backward besides its inputs: less memory than x and z take.
 
-    y: (batch, seqlen, H, P) before norm and gate, of rank 1 where there is a norm or a gate.
+    y: (batch, seqlen, H, P) before norm and gate, of rank 1 where there is a norm or a gate. states: those of
+    `state_walks`.
     """
 
     scales: Scales
-    y: Tensor | None
+    y: Tensor | None = None
+    states: Tensor | None = None
 
 
 def scan_forward(
@@ -53,10 +56,14 @@ def scan_forward(
     out = sizes.empty(*inputs.x.shape, dtype=sizes.dtype)
     kept_y = torch.empty_like(out) if keep and sizes.keeps_y else None
     last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
+    states = state_walks.starting_states(sizes, inputs, scales, keep, last) if sizes.on_hopper else None
     for head in sizes.passes:
-        before = compute_states(sizes, inputs, scales, head, last)
+        if sizes.on_hopper:
+            before = state_walks.walk(sizes, inputs, scales, head, states, last)
+        else:
+            before = compute_states(sizes, inputs, scales, head, last)
         _outputs(sizes, inputs, scales, before, out, kept_y, norm_eps, head)
-    return out, last, Kept(scales, kept_y)
+    return out, last, Kept(scales, kept_y, states)
 
 
 def _outputs(sizes, inputs, scales, before, out, kept_y, norm_eps, head):
@@ -76,7 +83,9 @@ def scan_backward(
 ) -> Inputs:  # fmt: skip
     """Gradients of all inputs, in their own dtypes; None where the input is None (and for document_ids)."""
     sizes = Sizes.known(inputs, launch)
-    kept = kept or Kept(compute_scales(sizes, inputs), None)
+    kept = kept or Kept(compute_scales(sizes, inputs))
+    if sizes.on_hopper and kept.states is None:
+        kept = kept._replace(states=state_walks.span_states(sizes, inputs, kept.scales))
     batch, heads, pairs, padded, chunks = sizes.batch, sizes.heads, sizes.pairs, sizes.padded, sizes.chunks
     per_token = (batch, heads, padded)
     angle_parts = len(sizes.passes) * sizes.head_blocks
@@ -133,9 +142,8 @@ def compute_states(sizes: Sizes, inputs: Inputs, scales: Scales, head: int, last
 def local_states(sizes: Sizes, inputs: Inputs, scales: Scales, head: int) -> Tensor:
     """Stage 2: what each chunk adds to the state, (batch, chunks, heads of the pass, P, N)."""
     local = sizes.state_slots(sizes.chunks)
-    portable = chunk_state.chunk_states_kernel
     sizes.on_chunks["states"](
-        hopper().chunk_state.hopper_chunk_states_kernel if sizes.on_hopper else portable,
+        chunk_state.chunk_states_kernel,
         inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.log_decay, scales.key_log,
         scales.phase, local, sizes.seqlen, sizes.chunks, head,
     )  # fmt: skip
@@ -155,24 +163,32 @@ def pass_states(sizes: Sizes, inputs: Inputs, scales: Scales, local: Tensor, hea
 def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, scale_grads, partial):
     """All gradients of one pass's heads; those of B and C are added to the earlier passes'."""
     scales = kept.scales
-    last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
-    before = compute_states(sizes, inputs, scales, head, last)
+    if sizes.on_hopper:
+        before = state_walks.walk_spans(sizes, inputs, scales, head, kept.states)
+    else:
+        last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
+        before = compute_states(sizes, inputs, scales, head, last)
     rows = (sizes.batch, sizes.heads_here, sizes.padded * sizes.rank)
     d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
-    d_local, d_queries = sizes.state_slots(sizes.chunks), sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
+    d_local = None if sizes.on_hopper else sizes.state_slots(sizes.chunks)
+    d_queries = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
     gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"])
-    query_grads = (d_local, d_queries, scale_grads["d_phase"], scale_grads["query_inner"])
+    query_grads = (d_queries, scale_grads["d_phase"], scale_grads["query_inner"])
     place = (sizes.seqlen, sizes.chunks, head)
-    _queries(sizes, inputs, kept, before, gate_grads, partial["norm_weight"], query_grads, norm_eps, place)
+    _queries(sizes, inputs, kept, before, gate_grads, partial["norm_weight"], d_local, query_grads, norm_eps, place)
     _sum_heads(sizes, d_queries, grads["C"], partial["C_bias"], head)
     del d_queries, query_grads
-    d_at_end = sizes.state_slots(sizes.chunks)
-    d_initial = last if grads["initial"] is None else grads["initial"]
-    sizes.passing_backward(
-        state_passing.state_passing_backward_kernel,
-        d_local, d_last, before, scales.chunk_decay, scales.phase, d_at_end, d_initial, scale_grads["state_inner"],
-        scale_grads["d_chunk_turn"], sizes.chunks, head, sizes.heads_here,
-    )  # fmt: skip
+    if sizes.on_hopper:
+        ends = d_last, grads["initial"]
+        d_at_end = state_walks.walk_back(sizes, inputs, scales, head, d_y, before, *ends, scale_grads)
+    else:
+        d_at_end = sizes.state_slots(sizes.chunks)
+        d_initial = last if grads["initial"] is None else grads["initial"]
+        sizes.passing_backward(
+            state_passing.state_passing_backward_kernel,
+            d_local, d_last, before, scales.chunk_decay, scales.phase, d_at_end, d_initial, scale_grads["state_inner"],
+            scale_grads["d_chunk_turn"], sizes.chunks, head, sizes.heads_here,
+        )  # fmt: skip
     del before, d_local
     d_keys = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
     portable = chunk_key.chunk_keys_backward_kernel
@@ -186,10 +202,11 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     _scales_backward(sizes, inputs, head, grads, scale_grads)
 
 
-def _queries(sizes, inputs, kept, before, gate_grads, d_norm, query_grads, norm_eps, place):
+def _queries(sizes, inputs, kept, before, gate_grads, d_norm, d_local, query_grads, norm_eps, place):
     """From the output's gradient to y's, z's and the gate's weights', and on to the query side of each chunk.
 
-    gate_grads: d_out, then the gradients of y, z, mimo_z, mimo_o; query_grads: d_local, then those of C, phase, decay.
+    gate_grads: d_out, then the gradients of y, z, mimo_z, mimo_o; query_grads: of C, phase and decay;
+    d_local: see `state_passing`, None on Hopper.
     """
     scales, queries = kept.scales, sizes.on_chunks["queries"]
     rows = (*_rows_arguments(inputs), *scales[:3], scales.phase, before)
@@ -206,7 +223,7 @@ def _queries(sizes, inputs, kept, before, gate_grads, d_norm, query_grads, norm_
     queries(
         chunk_query.chunk_queries_backward_kernel,
         inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.mimo_x, inputs.document_ids, *scales[:3],
-        scales.phase, before, gate_grads[1], *query_grads, *place,
+        scales.phase, before, gate_grads[1], d_local, *query_grads, *place,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ matrices that autocast makes; what every layer saves for its backward pass; what
 backward pass, need for themselves. AdamW is fused and clipping works in place: the optimizer's step needs no more.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,7 +95,7 @@ def step_memory(
     # Layers that recompute cast again, too, and stage 3 gathers matrices in bfloat16 each time.
     keeps_casts = recompute == "none" and strategy != "deepspeed_zero3"
     backward = 4 * config.padded_vocab_size * config.d_model
-    backward += tokens * (4 * config.d_model + again + scan_workspace(config))
+    backward += tokens * (4 * config.d_model + again + scan_workspace(config, on_hopper))
     return Memory(
         **_states(config, cost, strategy, shards, passes),
         casts=2 * layer * config.n_layers if keeps_casts else 0,
@@ -159,7 +160,7 @@ def _layers_save(config: Mamba3Config, length: int, recompute: str, on_hopper: b
 
 def layer_saves(config: Mamba3Config, kind: str, length: int, on_hopper: bool = True) -> Saved:
     """What a compiled layer saves, as PyTorch's partitioner chooses it, but for the norms' one number a row."""
-    expensive, cheap = _mamba_saves(config, on_hopper) if kind == "M" else _attention_saves(config, length)
+    expensive, cheap = _mamba_saves(config, length, on_hopper) if kind == "M" else _attention_saves(config, length)
     cheap += 2 * config.d_model  # the norm's result
     if config.d_mlp:
         expensive += 2 * config.d_model + 2 * 2 * config.d_mlp  # results of the mixer and of fc1
@@ -167,7 +168,7 @@ def layer_saves(config: Mamba3Config, kind: str, length: int, on_hopper: bool = 
     return Saved(expensive, cheap)
 
 
-def _mamba_saves(config: Mamba3Config, on_hopper: bool) -> Saved:
+def _mamba_saves(config: Mamba3Config, length: int, on_hopper: bool) -> Saved:
     mixer = config.mixer
     heads, shared = mixer.heads(config.d_model), mixer.rank * mixer.groups * mixer.d_state
     inner = heads * mixer.head_dim
@@ -175,7 +176,8 @@ def _mamba_saves(config: Mamba3Config, on_hopper: bool) -> Saved:
     scales = 3 * 4 * heads + 2 * heads * mixer.rotated_pairs
     kept_y = 2 * inner if scan_keeps_y(mixer, on_hopper) else 0
     # Cheap: B and C behind their norm; dt and A, in float32.
-    return Saved(projected + scales + 2 * inner + kept_y, 2 * 2 * shared + 2 * 4 * heads)
+    states = inner * mixer.d_state * scan_states_kept(mixer, length, on_hopper) / length
+    return Saved(projected + scales + 2 * inner + kept_y + 4 * states, 2 * 2 * shared + 2 * 4 * heads)
 
 
 def _attention_saves(config: Mamba3Config, length: int) -> Saved:
@@ -186,15 +188,16 @@ def _attention_saves(config: Mamba3Config, length: int) -> Saved:
     return Saved(2 * heads * attention.head_dim + 4 * attention.n_heads, rotated + 2 * length)
 
 
-def scan_workspace(config: Mamba3Config) -> float:
+def scan_workspace(config: Mamba3Config, on_hopper: bool = True) -> float:
     """Bytes a token of the Triton scan's backward: gradients of its inputs, and what one pass of heads needs."""
     if "M" not in config.layers:
         return 0
     mixer = config.mixer
     heads, rank, width = mixer.heads(config.d_model), mixer.rank, mixer.head_dim
     chunk, heads_here = scan_passes(mixer)
-    # States before a chunk, their gradients there and at its end; the gradients of y and of the phases.
-    a_head = 3 * 2 * width * mixer.d_state / chunk + 2 * rank * width + 4 * mixer.rotated_pairs
+    # States before a chunk, their gradients at its end and, but on Hopper, there; the gradients of y and of the phases.
+    states = 2 if on_hopper and serves_on_hopper(mixer) else 3
+    a_head = states * 2 * width * mixer.d_state / chunk + 2 * rank * width + 4 * mixer.rotated_pairs
     inputs = 2 * 2 * heads * width + 2 * 4 * rank * mixer.groups * mixer.d_state  # of x and z, B and C
     # The biases' by blocks of tokens, as `kernels.head_sum.tile`, the rank weights' by chunks.
     a_block, rank_weights = (16, 0) if rank == 1 else (32, 3 * width / chunk)
@@ -208,8 +211,19 @@ def scan_passes(mixer: MixerConfig) -> tuple[int, int]:
     return row["rows"] // mixer.rank, launch_table.heads_of_pass(row, mixer.rank)
 
 
-def scan_keeps_y(mixer: MixerConfig, on_hopper: bool) -> bool:
-    """Whether the scan keeps y, as `kernels.sizes.Sizes` in 16 bit: Hopper's kernels do not, where they serve."""
+def serves_on_hopper(mixer: MixerConfig) -> bool:
+    """Whether there are kernels for Hopper for this mixer in 16 bit: see `kernels.launch.runs_on_hopper`."""
     pairs, rest = mixer.rotated_pairs, mixer.d_state - 2 * mixer.rotated_pairs
-    served = mixer.head_dim == 64 and mixer.d_state <= 128 and pairs in (16, 32, 64) and rest in (0, 16, 32, 64)
-    return mixer.rank == 1 and not mixer.output_norm and not (on_hopper and served)
+    return mixer.head_dim == 64 and mixer.d_state <= 128 and pairs in (16, 32, 64) and rest in (0, 16, 32, 64)
+
+
+def scan_keeps_y(mixer: MixerConfig, on_hopper: bool) -> bool:
+    """Whether the scan keeps y, as `kernels.sizes.Sizes` in 16 bit: Hopper's kernels do not."""
+    return mixer.rank == 1 and not mixer.output_norm and not (on_hopper and serves_on_hopper(mixer))
+
+
+def scan_states_kept(mixer: MixerConfig, length: int, on_hopper: bool) -> int:
+    """States of a sequence and head that the scan keeps, likewise: Hopper's kernels do."""
+    if not (on_hopper and serves_on_hopper(mixer)):
+        return 0
+    return math.ceil(math.ceil(length / scan_passes(mixer)[0]) / launch_table.chunks_of_span(mixer.rank))

@@ -43,6 +43,12 @@ class Tensor:
     def __getitem__(self, index):
         return Tensor(self.data[index])
 
+    def __index__(self):
+        return int(self.data)
+
+    def __bool__(self):
+        return bool(self.data)
+
     def __neg__(self):
         return Tensor(-self.data)
 
@@ -121,10 +127,16 @@ class Shared:
         self.dtype, self.turned, self.owner = dtype, False, self
         self.made = self.used = program.tick()
         self.written, self.fenced, self.copying = False, True, False
-        self.readers = []
+        self.readers, self.slots = [], None
         program.shared.append(self)
         if value is not None:
             self.store(value)
+
+    def index(self, slot):
+        """One of the tiles that were allocated under this name."""
+        if self.slots is None:
+            self.slots = [Shared(self.data.shape[1:], self.dtype) for _ in range(len(self.data))]
+        return self.slots[int(slot.data if isinstance(slot, Tensor) else slot)]
 
     def permute(self, order):
         assert tuple(order) == (1, 0), order

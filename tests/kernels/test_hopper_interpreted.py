@@ -9,7 +9,7 @@ import pytest
 import torch
 from gluon_interpreter import Function, interpreted
 
-from mamba3_train.kernels import launch, mamba3_scan, sizes, triton_scan
+from mamba3_train.kernels import launch, launch_table, mamba3_scan, sizes, state_walks, triton_scan
 from tests.kernels.test_triton_scan import DEVICE, _poison, check, documents, error  # noqa: F401
 from tests.scan_inputs import scan_inputs, scan_state
 
@@ -24,7 +24,7 @@ def package():
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch, package):
     """Every scan takes the kernels for Hopper, in tiles of 64 rows."""
-    for module in (sizes, triton_scan):
+    for module in (sizes, state_walks, triton_scan):
         monkeypatch.setattr(module, "hopper", lambda: package)
     monkeypatch.setattr(sizes, "runs_on_hopper", lambda inputs, chunk: True)
     monkeypatch.setattr(sizes, "choose", lambda rank, *_: launch.Launch(chunk=64 // rank, heads=2))
@@ -45,7 +45,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_whole_scan_and_all_gradients(case):
+def test_whole_scan_and_all_gradients(case, monkeypatch):
+    """In spans of one chunk; where documents and states make it hardest, the forward walks whole sequences."""
+    monkeypatch.setattr(launch_table, "chunks_of_span", lambda rank: 1)
+    monkeypatch.setattr(sizes, "WALKS", 1 if "states" in case else 1000)
     shape, options = CASES[case]
     inputs, options = inputs_of(**shape), dict(options)
     if options.pop("ids", False):

@@ -135,10 +135,12 @@ def test_a_bfloat16_state_is_rounded_once_a_token():
     exact = state._replace(ssm=state.ssm.float())
     y, after = steps(inputs, state, "triton")
     expected, exactly = steps(inputs, exact, "triton")
-    assert torch.equal(y, expected)
-    if DEVICE == "cuda":
-        assert torch.equal(after.ssm, exactly.ssm.bfloat16())
-    else:  # the interpreter cuts the last 16 bits off
+    if DEVICE == "cuda":  # the two are compiled apart, and need not add in the same order
+        assert (y - expected).norm() < 1e-6 * expected.norm()
+        rounding = (after.ssm.float() - exactly.ssm).abs() / exactly.ssm.abs()
+        assert rounding.max() < 1.01 * 2**-9
+    else:
+        assert torch.equal(y, expected)  # the interpreter cuts the last 16 bits off
         assert torch.equal(after.ssm.float(), (exactly.ssm.view(torch.int32) & -(2**16)).view(torch.float32))
 
 

@@ -24,8 +24,8 @@ def test_kernels_compile_for_hopper(size):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     kernels = {json.loads(line)["kernel"] for line in done.stdout.splitlines()}
-    assert len(kernels) == 14
-    assert sum(kernel.startswith("hopper_") for kernel in kernels) == 4
+    assert len(kernels) == 16
+    assert sum(kernel.startswith("hopper_") for kernel in kernels) == 5
 
 
 def test_finds_a_wrong_descriptor():

@@ -62,8 +62,11 @@ def test_every_gradient(dtype, size, packed):
         options["document_ids"] = (torch.rand(2, 333, device="cuda") < 0.02).cumsum(1)
     norm = packed
     found = errors(inputs_of(dtype, norm=norm, **SIZES[size]), **options)
-    # The angles' gradient is the small difference of what queries and keys contribute; the norm makes it smaller still.
-    limits = {name: LIMIT[dtype] * (1 + norm) * (2 if name == "d_angles" else 1) for name in found}
+    # The angles' gradient is a small difference of what queries and keys contribute; the norm makes it smaller still.
+    # Behind it few numbers count in A's: of 200, two hold a fifth to a third of the gradient and of its error, which was
+    # 0.4 to 0.5 % in five draws and 1.1 % in one.
+    less = {"d_angles": 2, "d_A": 1.5 if norm else 1}
+    limits = {name: LIMIT[dtype] * (1 + norm) * less.get(name, 1) for name in found}
     too_large = {name: e for name, e in found.items() if not e <= limits[name]}
     assert not too_large
 
@@ -79,8 +82,10 @@ def test_hopper_kernels_are_the_portable_ones(size, packed, monkeypatch):
     monkeypatch.setattr("mamba3_train.kernels.sizes.runs_on_hopper", lambda *_: False)
     portable = run(inputs, "triton", **options)
     found = {n: (hopper[n].double() - e.double()).norm() / e.double().norm() for n, e in portable.items()}
-    # At rank 1 the portable forward keeps y in 16 bits, which z's gradient sees.
-    assert {name: e.item() for name, e in found.items() if not e <= 5e-3} == {}
+    # They round in other places: at rank 1 the portable forward keeps y in 16 bits; walks back round scaled queries,
+    # not y's gradient. So the two may be as far apart as each may be from the reference.
+    limits = {name: 5e-3 * (1 + packed) * (2 if name == "d_angles" else 1) for name in found}
+    assert {name: e.item() for name, e in found.items() if not e <= limits[name]} == {}
 
 
 def test_states_hand_over():

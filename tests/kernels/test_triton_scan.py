@@ -154,7 +154,8 @@ def test_what_cannot_be_read_in_place_is_copied(change):
         inputs |= {name: torch.cat([contiguous[name]] * 2, dim=1)[:, :18] for name in ("x", "z")}
     if change == "odd address":
         for name in ("x", "z"):
-            inputs[name] = torch.cat([torch.zeros(1), contiguous[name].flatten()])[1:].view(contiguous[name].shape)
+            moved = torch.cat([torch.zeros(1, device=DEVICE), contiguous[name].flatten()])[1:]
+            inputs[name] = moved.view(contiguous[name].shape)
     readable = Inputs(*(inputs.get(name) for name in Inputs._fields)).readable()
     assert readable.x.is_contiguous()
     assert readable.z.is_contiguous()

@@ -41,7 +41,7 @@ from mamba3_train.kernels.hopper.tiles import (
 @gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
 def hopper_chunk_queries_backward_kernel(
     x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, document_ids, log_decay, key_log, diagonal,
-    phase, states, d_out, d_y, d_z, d_mimo_z, d_mimo_o, d_norm, d_local, d_queries, d_phase, inner, norm_eps, seqlen,
+    phase, states, d_out, d_y, d_z, d_mimo_z, d_mimo_o, d_norm, d_queries, d_phase, inner, norm_eps, seqlen,
     chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
@@ -95,38 +95,27 @@ def hopper_chunk_queries_backward_kernel(
         gl.store(d_norm + partial * HEAD_DIM + gl.arange(0, HEAD_DIM, of_norm.type.layout), of_norm)
 
     by_y = by_y.to(dtype)
-    scaled = by_y.to(gl.float32) * from_start[:, None, None]
-    scaled = share(scaled.to(dtype), CHUNK, RANK, HEAD_DIM)
     of_y = share(by_y, CHUNK, RANK, HEAD_DIM)
     by_y = by_row(by_y, CHUNK, RANK, HEAD_DIM)
     fence_async_shared()
-    # [rows, P] @ [rows, P]ᵀ -> [rows, rows]; [rows, P] @ [P, N] -> [rows, N]; [P, rows] @ [rows, N] -> [P, N]
+    # [rows, P] @ [rows, P]ᵀ -> [rows, rows]; [rows, P] @ [P, N] -> [rows, N]
     zero = gl.zeros([64, 64], gl.float32, product_layout(64))
     by_score = warpgroup_mma(left_operand(by_y, 64), v.permute((1, 0)), zero, use_acc=False, is_async=True)
     d0, d1, d2 = dot_from_state(by_y, s0, s1, s2, PAIRS, REST)
     store_rows(d_y + rows * HEAD_DIM, of_y, 64, HEAD_DIM, 64, HEAD_DIM)
     by_score = weigh(warpgroup_mma_wait(PARTS, [by_score]), weight, CHUNK, RANK).to(dtype)
-    d0, d1 = warpgroup_mma_wait(0, [d0, d1])
+    d0, d1 = warpgroup_mma_wait(0, [d0, d1, s0, s1, v])[:2]
     d0 = scale_tokens(d0, from_start, CHUNK, RANK, PAIRS)
     d1 = scale_tokens(d1, from_start, CHUNK, RANK, PAIRS)
     if REST > 0:
-        d2 = scale_tokens(warpgroup_mma_wait(0, [d2]), from_start, CHUNK, RANK, REST)
+        d2 = scale_tokens(warpgroup_mma_wait(0, [d2, s2])[0], from_start, CHUNK, RANK, REST)
     # [rows, rows] @ [rows, N] -> [rows, N], from the chunk's keys
     d0, d1, d2 = dot_onto_state(by_score, k0, k1, k2, d0, d1, d2, PAIRS, REST)
-    l0, l1, l2 = dot_from_state(scaled.permute((1, 0)), q0, q1, q2, PAIRS, REST)
     fraction = load_by_token(phase + scalars * PAIRS, PAIRS, CHUNK, PAIRS, turned)
     # What the products read is kept until they are through: nothing else may be put in its place before.
-    l0, l1 = warpgroup_mma_wait(0, [l0, l1, scaled, k0, k1])[:2]
-    s0.store(l0.to(dtype))
-    s1.store(l1.to(dtype))
+    d0, d1 = warpgroup_mma_wait(0, [d0, d1, k0, k1])[:2]
     if REST > 0:
-        s2.store(warpgroup_mma_wait(0, [l2, k2])[0].to(dtype))
-    local = d_local + ((batch * chunks + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
-    store_parts(local, s0, s1, s2, PAIRS, REST)
-
-    d0, d1 = warpgroup_mma_wait(0, [d0, d1])
-    if REST > 0:
-        d2 = warpgroup_mma_wait(0, [d2])
+        d2 = warpgroup_mma_wait(0, [d2, k2])[0]
     rotation_gradients(q0, q1, q2, d0, d1, d2, fraction, None, d_phase + rows // RANK * PAIRS, inner + scalars,
                        CHUNK, RANK, PAIRS, REST)  # fmt: skip
     store_parts(d_queries + rows * D_STATE, q0, q1, q2, PAIRS, REST)

@@ -81,15 +81,21 @@ def load_by_token(tokens, STRIDE: gl.constexpr, CHUNK: gl.constexpr, WIDTH: gl.c
 def copy_tile(source, rows, ROWS: gl.constexpr, STRIDE: gl.constexpr, WIDTH: gl.constexpr):
     """Start copying (ROWS, WIDTH) numbers, STRIDE apart, to where the matrix units read; zeros from row `rows` on."""
     dtype: gl.constexpr = source.dtype.element_ty
-    layout: gl.constexpr = copy_layout(WIDTH, 16)
     tile = gl.allocate_shared_memory(dtype, [ROWS, WIDTH], operand_layout(ROWS, WIDTH, dtype))
+    copy_tile_to(tile, source, rows, ROWS, STRIDE, WIDTH)
+    return tile
+
+
+@gluon.jit
+def copy_tile_to(tile, source, rows, ROWS: gl.constexpr, STRIDE: gl.constexpr, WIDTH: gl.constexpr):
+    """The same into shared memory that is there already."""
+    layout: gl.constexpr = copy_layout(WIDTH, 16)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
     if rows is None:
         async_copy.async_copy_global_to_shared(tile, source + row * STRIDE + column)
     else:
         async_copy.async_copy_global_to_shared(tile, source + row * STRIDE + column, mask=row < rows)
-    return tile
 
 
 @gluon.jit

@@ -1,0 +1,205 @@
+"""The gradient of the state at each chunk's end on Hopper: what leads to it and its passing back in one walk.
+
+What a chunk's outputs add to the gradient of the state before it never reaches memory: see `state_walk.py`. All spans
+are walked at a time, first only for what each adds, then from the gradients that they begin with.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma_wait
+
+from mamba3_train.kernels.hopper.layouts import operand_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.memory import copy_bias, copy_tile_to, fetch_ahead, store_parts
+from mamba3_train.kernels.hopper.state_walk import (
+    keep_state,
+    load_state,
+    nothing_whole,
+    state_tiles,
+    store_state,
+    store_whole,
+    zero_state,
+)
+from mamba3_train.kernels.hopper.stream import (
+    allocate_stream,
+    copy_chunk,
+    read_decay,
+    read_rows,
+    read_scale,
+    read_turn,
+)
+from mamba3_train.kernels.hopper.tiles import cosine_sine, dot_onto_state, share_turned, turn_of
+
+
+@gluon.jit
+def copy_state_to(t0, t1, t2, state, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Start copying a state (P, N) in three parts into shared memory that is there already."""
+    D_STATE: gl.constexpr = 2 * PAIRS + REST
+    copy_tile_to(t0, state, None, HEAD_DIM, D_STATE, PAIRS)
+    copy_tile_to(t1, state + PAIRS, None, HEAD_DIM, D_STATE, PAIRS)
+    if REST > 0:
+        copy_tile_to(t2, state + 2 * PAIRS, None, HEAD_DIM, D_STATE, REST)
+
+
+@gluon.jit
+def copy_queries(stream, y, slot, C, d_y, phase, log_decay, chunk_decay, document_ids, chunk, seqlen,
+                 STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, HEAD_DIM: gl.constexpr,
+                 PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """Start copying what a chunk brings: y's gradient and, from pointers to the sequence's first, all of `stream`."""
+    left = seqlen - chunk * CHUNK
+    token = chunk.to(gl.int64) * CHUNK
+    ids = None
+    edge = None
+    if document_ids is not None:
+        ids = document_ids + token
+        edge = ids + gl.maximum(-1, -chunk * CHUNK)
+    copy_chunk(stream, slot, C + token * (RANK * STRIDE), phase + token * PAIRS, log_decay + token,
+               None, chunk_decay + chunk, ids, edge, left, STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    copy_tile_to(y.index(slot), d_y + chunk.to(gl.int64) * (64 * HEAD_DIM), None, 64, HEAD_DIM, HEAD_DIM)
+
+
+@gluon.jit
+def store_inner(inner, d_turn, s0, s1, s2, a0, a1, a2, cos, sin, PAIRS: gl.constexpr, REST: gl.constexpr,
+                INNER_PARTS: gl.constexpr):  # fmt: skip
+    """Gradients by a chunk's whole decay and turn, in one part a warp.
+
+    s: the gradient of the state after the chunk, rounded here as the keys see it: what they and the state contribute
+    must cancel. a: that state, in shared memory and in the next chunk's frame.
+    """
+    ROWS: gl.constexpr = 64 // INNER_PARTS
+    after0 = a0.load(product_layout(PAIRS)).to(gl.float32)
+    after1 = a1.load(product_layout(PAIRS)).to(gl.float32)
+    first = after0 * cos[None, :] - after1 * sin[None, :]
+    after1 = after1 * cos[None, :] + after0 * sin[None, :]
+    s0 = s0.to(a0.dtype).to(gl.float32)
+    s1 = s1.to(a1.dtype).to(gl.float32)
+    by_turn = gl.sum(gl.reshape(s0 * after1 - s1 * first, [INNER_PARTS, ROWS, PAIRS]), axis=1)
+    part = gl.arange(0, INNER_PARTS, gl.SliceLayout(1, by_turn.type.layout))[:, None]
+    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, by_turn.type.layout))[None, :]
+    gl.store(d_turn + part * PAIRS + pair, by_turn)
+    by_row = gl.sum(s0 * first + s1 * after1, axis=1)
+    if REST > 0:
+        rest = gl.sum(s2.to(a2.dtype).to(gl.float32) * a2.load(product_layout(REST)).to(gl.float32), axis=1)
+        by_row += gl.convert_layout(rest, by_row.type.layout, assert_trivial=True)
+    by_decay = gl.sum(gl.reshape(by_row, [INNER_PARTS, ROWS]), axis=1)
+    gl.store(inner + gl.arange(0, INNER_PARTS, by_decay.type.layout), by_decay)
+
+
+@gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+def hopper_gradient_walk_kernel(
+    C, C_bias, d_y, document_ids, log_decay, chunk_decay, phase, before, starts, d_at_end, d_initial, inner, d_turn,
+    sums, span_decay, span_turn, seqlen, chunks, head_start,
+    HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WALK: gl.constexpr,
+    INNER_PARTS: gl.constexpr,
+):  # fmt: skip
+    """Programs: heads of the pass, batch, and walks of WALK chunks, each from its end to its start.
+
+    d_y: (batch, HEADS_HERE, rows, P). before, d_at_end, d_initial, inner, d_turn: as in
+    `state_passing_backward_kernel`, the last two in INNER_PARTS parts, one a warp. starts: (batch, HEADS_HERE, walks,
+    P, N) float32, the gradient of the state after each walk. Without `before` only sums are wanted, from zero: the
+    gradient of the state before each walk, like starts, with span_decay and span_turn as in `hopper_state_walk_kernel`.
+    """
+    STRIDE: gl.constexpr = GROUPS * D_STATE
+    REST: gl.constexpr = D_STATE - 2 * PAIRS
+    SIZE: gl.constexpr = HEAD_DIM * D_STATE
+    FETCH: gl.constexpr = 3
+    WHOLE: gl.constexpr = before is not None
+    DOCUMENTS: gl.constexpr = document_ids is not None
+    dtype: gl.constexpr = d_y.dtype.element_ty
+    here = gl.program_id(0)
+    batch = gl.program_id(1).to(gl.int64)
+    head = head_start + here
+    start = batch * seqlen
+    of_head = batch * HEADS + head
+    of_pass = batch * HEADS_HERE + here
+    of_walk = of_pass * gl.num_programs(2) + gl.program_id(2)
+    scalars = of_head * chunks * CHUNK
+    queries = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
+    first = gl.program_id(2) * WALK
+    end = gl.minimum(first + WALK, chunks)
+    C += queries
+    log_decay += scalars
+    phase += scalars * PAIRS
+    chunk_decay += of_head * chunks
+    d_y += of_pass * chunks * (64 * HEAD_DIM)
+    if DOCUMENTS:
+        document_ids += start
+
+    b0, b1, b2 = copy_bias(C_bias, head, RANK, PAIRS, REST)
+    stream = allocate_stream(C, phase, DOCUMENTS, CHUNK, RANK, PAIRS, REST)
+    y = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], operand_layout(64, HEAD_DIM, dtype))
+    copy_queries(stream, y, (end - 1) % 2, C, d_y, phase, log_decay, chunk_decay, document_ids, end - 1, seqlen,
+                 STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST)  # fmt: skip
+    if WHOLE:
+        # The state in slot i + 1 is the one after chunk i.
+        SLOT: gl.constexpr = HEADS_HERE * SIZE
+        before += (batch * (chunks + 1) * HEADS_HERE + here) * SIZE
+        d_at_end += (batch * chunks * HEADS_HERE + here) * SIZE
+        inner += of_head * chunks * INNER_PARTS
+        d_turn += of_head * chunks * (INNER_PARTS * PAIRS)
+        t0, t1, t2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
+        a0, a1, a2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
+        copy_state_to(a0, a1, a2, before + end.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
+    async_copy.commit_group()
+    if starts is None:
+        s0, s1, s2 = zero_state(HEAD_DIM, PAIRS, REST)
+    else:
+        s0, s1, s2 = load_state(starts + of_walk * SIZE, PAIRS, REST)
+
+    whole_decay, whole_turn = nothing_whole(phase, PAIRS)
+    for i in range(first, end):
+        chunk = end - 1 - (i - first)
+        slot = chunk % 2
+        async_copy.wait_group(0)
+        # What the next chunk brings is on its way; behind the walk's first chunk it is that one once more.
+        following = gl.maximum(chunk - 1, first)
+        copy_queries(stream, y, 1 - slot, C, d_y, phase, log_decay, chunk_decay, document_ids, following, seqlen,
+                     STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST)  # fmt: skip
+        async_copy.commit_group()
+        soon = gl.maximum(chunk - FETCH, first)
+        fetch_ahead(phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2)
+        fetch_ahead(d_y + soon.to(gl.int64) * (64 * HEAD_DIM), 64 * HEAD_DIM * 2)
+        # Into the chunk's own frame.
+        turn = read_turn(stream, slot, PAIRS)
+        end_cos, end_sin = cosine_sine(turn, True)
+        turned = s0 * end_cos[None, :] - s1 * end_sin[None, :]
+        s1 = s1 * end_cos[None, :] + s0 * end_sin[None, :]
+        s0 = turned
+        if sums is not None:
+            whole_decay *= read_decay(stream, slot, PAIRS)
+            whole_turn += turn
+        if WHOLE:
+            fetch_ahead(before + (soon + 1).to(gl.int64) * SLOT, SIZE * 2)
+            store_inner(inner + chunk * INNER_PARTS, d_turn + chunk * (INNER_PARTS * PAIRS), s0, s1, s2, a0, a1, a2,
+                        end_cos, end_sin, PAIRS, REST, INNER_PARTS)  # fmt: skip
+            keep_state(s0, s1, s2, t0, t1, t2, REST)
+        q0, q1, q2, fraction = read_rows(stream, slot, RANK, PAIRS, REST)
+        cos, sin = turn_of(fraction)
+        scale = read_scale(stream, slot, False, DOCUMENTS, row_layout(PAIRS, RANK))
+        rest_scale = None
+        if REST > 0:
+            rest_scale = read_scale(stream, slot, False, DOCUMENTS, row_layout(REST, RANK))
+        q0, q1, q2 = share_turned(q0, q1, q2, b0, b1, b2, cos * scale, sin * scale, rest_scale, C_bias is not None,
+                                  CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        s0 *= read_decay(stream, slot, PAIRS)[:, None]
+        s1 *= read_decay(stream, slot, PAIRS)[:, None]
+        if REST > 0:
+            s2 *= read_decay(stream, slot, REST)[:, None]
+        of_y = y.index(slot)
+        fence_async_shared()
+        # [P, rows] @ [rows, N] + [P, N] -> [P, N]
+        s0, s1, s2 = dot_onto_state(of_y.permute((1, 0)), q0, q1, q2, s0, s1, s2, PAIRS, REST)
+        if WHOLE:
+            copy_state_to(a0, a1, a2, before + (following + 1).to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
+            async_copy.commit_group()
+            store_parts(d_at_end + chunk.to(gl.int64) * SLOT, t0, t1, t2, PAIRS, REST)
+        s0, s1 = warpgroup_mma_wait(0, [s0, s1, of_y, q0, q1])[:2]
+        if REST > 0:
+            s2 = warpgroup_mma_wait(0, [s2, q2])[0]
+    async_copy.wait_group(0)
+    if d_initial is not None:  # noqa: SIM102 (the compiler decides the one, the program the other)
+        if first == 0:
+            store_state(d_initial + of_head * SIZE, s0, s1, s2, PAIRS, REST)
+    if sums is not None:
+        store_state(sums + of_walk * SIZE, s0, s1, s2, PAIRS, REST)
+        store_whole(span_decay, span_turn, of_walk, whole_decay, whole_turn, PAIRS)

@@ -1,0 +1,261 @@
+"""The state before each chunk on Hopper: `kernels/chunk_state.py` and `state_passing.py` in one walk along the chunks.
+
+What a chunk adds to the state never reaches memory: the matrix units add it to the state in registers. The walk is a
+chain, so what the next chunk needs is on its way meanwhile. Where there are heads enough, the forward walks a head's
+whole sequence in one program and keeps the state at every SPAN chunks. Otherwise all spans are walked at a time, first
+only for what each adds to the state (`span_passing` hands it on), then from the states that they begin with, as the
+backward always does.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma_wait
+
+from mamba3_train.kernels.hopper.layouts import operand_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.memory import (
+    copy_bias,
+    copy_tile_to,
+    copy_weights,
+    fetch_ahead,
+    fetch_line,
+    store_parts,
+)
+from mamba3_train.kernels.hopper.stream import (
+    allocate_stream,
+    copy_chunk,
+    read_decay,
+    read_rows,
+    read_scale,
+    read_turn,
+)
+from mamba3_train.kernels.hopper.tiles import cosine_sine, dot_onto_state, share_turned, share_values, turn_of
+
+
+@gluon.jit
+def load_state(state, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """A float32 state (P, N) in three parts, as products."""
+    D_STATE: gl.constexpr = 2 * PAIRS + REST
+    s0 = gl.load(state + in_state(PAIRS, D_STATE))
+    s1 = gl.load(state + PAIRS + in_state(PAIRS, D_STATE))
+    s2 = 0.0
+    if REST > 0:
+        s2 = gl.load(state + 2 * PAIRS + in_state(REST, D_STATE))
+    return s0, s1, s2
+
+
+@gluon.jit
+def store_state(state, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """The way back from `load_state`."""
+    D_STATE: gl.constexpr = 2 * PAIRS + REST
+    gl.store(state + in_state(PAIRS, D_STATE), s0)
+    gl.store(state + PAIRS + in_state(PAIRS, D_STATE), s1)
+    if REST > 0:
+        gl.store(state + 2 * PAIRS + in_state(REST, D_STATE), s2)
+
+
+@gluon.jit
+def in_state(WIDTH: gl.constexpr, D_STATE: gl.constexpr):
+    """Where the numbers of a product (64, WIDTH) lie in a state."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, product_layout(WIDTH)))[:, None]
+    return row * D_STATE + gl.arange(0, WIDTH, gl.SliceLayout(0, product_layout(WIDTH)))[None, :]
+
+
+@gluon.jit
+def zero_state(HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """A state of zeros in three parts, as products."""
+    s0 = gl.zeros([HEAD_DIM, PAIRS], gl.float32, product_layout(PAIRS))
+    s1 = gl.zeros([HEAD_DIM, PAIRS], gl.float32, product_layout(PAIRS))
+    s2 = 0.0
+    if REST > 0:
+        s2 = gl.zeros([HEAD_DIM, REST], gl.float32, product_layout(REST))
+    return s0, s1, s2
+
+
+@gluon.jit
+def state_tiles(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Shared memory for a state in three parts."""
+    t0 = gl.allocate_shared_memory(dtype, [HEAD_DIM, PAIRS], operand_layout(HEAD_DIM, PAIRS, dtype))
+    t1 = gl.allocate_shared_memory(dtype, [HEAD_DIM, PAIRS], operand_layout(HEAD_DIM, PAIRS, dtype))
+    t2 = 0.0
+    if REST > 0:
+        t2 = gl.allocate_shared_memory(dtype, [HEAD_DIM, REST], operand_layout(HEAD_DIM, REST, dtype))
+    return t0, t1, t2
+
+
+@gluon.jit
+def keep_state(s0, s1, s2, t0, t1, t2, REST: gl.constexpr):
+    """A state in registers to shared memory, rounded."""
+    t0.store(s0.to(t0.dtype))
+    t1.store(s1.to(t1.dtype))
+    if REST > 0:
+        t2.store(s2.to(t2.dtype))
+
+
+@gluon.constexpr_function
+def turn_type(dtype):
+    """What turns are summed in: fractions of 16 bit go round by themselves."""
+    return gl.int32 if dtype == gl.int16 else gl.float32
+
+
+@gluon.jit
+def nothing_whole(phase, PAIRS: gl.constexpr):
+    """Decay and turn of no chunk."""
+    ones = gl.zeros([64], gl.float32, gl.SliceLayout(1, product_layout(PAIRS))) + 1.0
+    return ones, gl.zeros([PAIRS], turn_type(phase.dtype.element_ty), gl.SliceLayout(0, product_layout(PAIRS)))
+
+
+@gluon.jit
+def store_whole(span_decay, span_turn, of_walk, decay, turn, PAIRS: gl.constexpr):
+    """A walk's whole decay, which is there 64 times, and turn."""
+    gl.store(span_decay + of_walk + 0 * gl.arange(0, 64, decay.type.layout), decay)
+    gl.store(span_turn + of_walk * PAIRS + gl.arange(0, PAIRS, turn.type.layout), turn.to(span_turn.dtype.element_ty))
+
+
+@gluon.jit
+def copy_keys(stream, tokens, slot, x, B, phase, key_log, log_decay, chunk_decay, document_ids, chunk, seqlen,
+              STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, HEAD_DIM: gl.constexpr,
+              PAIRS: gl.constexpr, REST: gl.constexpr, TOKEN_STRIDE: gl.constexpr):  # fmt: skip
+    """Start copying what a chunk brings: its tokens and, from pointers to the sequence's first, all of `stream`."""
+    left = seqlen - chunk * CHUNK
+    token = chunk.to(gl.int64) * CHUNK
+    ids = None
+    edge = None
+    if document_ids is not None:
+        ids = document_ids + token
+        edge = ids + gl.minimum(CHUNK - 1, left - 1)
+    copy_chunk(stream, slot, B + token * (RANK * STRIDE), phase + token * PAIRS, key_log + token,
+               log_decay + token + CHUNK - 1, chunk_decay + chunk, ids, edge, left,
+               STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    copy_tile_to(tokens.index(slot), x + token * TOKEN_STRIDE, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
+
+
+@gluon.jit
+def fetch_walk(x, phase, BYTES: gl.constexpr, TOKEN_STRIDE: gl.constexpr, left, CHUNK: gl.constexpr):
+    """Ask for a chunk's tokens and phases to be in the L2 cache soon."""
+    token = gl.arange(0, CHUNK, gl.BlockedLayout([1], [32], [4], [0]))
+    fetch_line((x + gl.minimum(token, left - 1) * TOKEN_STRIDE).to(gl.int64))
+    fetch_ahead(phase, BYTES)
+
+
+@gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+def hopper_state_walk_kernel(
+    x, mimo_x, B, B_bias, document_ids, log_decay, key_log, chunk_decay, phase, starts, before, kept, last, sums,
+    span_decay, span_turn, seqlen, chunks, head_start,
+    HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, SPAN: gl.constexpr, WALK: gl.constexpr,
+):  # fmt: skip
+    """Programs: heads of the pass, batch, and walks of WALK chunks, or of all of them where WALK is 0.
+
+    starts: (batch, HEADS, walks, P, N) float32, None for zero. before: (batch, chunks + 1, HEADS_HERE, P, N). kept:
+    (batch, HEADS, spans, P, N) and last: (batch, HEADS, P, N), float32. sums: (batch, HEADS_HERE, walks, P, N) float32,
+    the state that each walk ends with, span_decay (batch, HEADS_HERE, walks) and span_turn (…, PAIRS) its whole decay
+    and turn. All results None where they are not wanted.
+    """
+    STRIDE: gl.constexpr = GROUPS * D_STATE
+    REST: gl.constexpr = D_STATE - 2 * PAIRS
+    SIZE: gl.constexpr = HEAD_DIM * D_STATE
+    FETCH: gl.constexpr = 3
+    DOCUMENTS: gl.constexpr = document_ids is not None
+    dtype: gl.constexpr = x.dtype.element_ty
+    here = gl.program_id(0)
+    batch = gl.program_id(1).to(gl.int64)
+    head = head_start + here
+    start = batch * seqlen
+    of_head = batch * HEADS + head
+    scalars = of_head * chunks * CHUNK
+    keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
+    first = gl.program_id(2) * WALK
+    end = chunks
+    if WALK > 0:
+        end = gl.minimum(first + WALK, chunks)
+    B += keys
+    log_decay += scalars
+    key_log += scalars
+    phase += scalars * PAIRS
+    chunk_decay += of_head * chunks
+    x += start * TOKEN_STRIDE + head * HEAD_DIM
+    if DOCUMENTS:
+        document_ids += start
+    of_walk = (batch * HEADS_HERE + here) * gl.num_programs(2) + gl.program_id(2)
+    if before is not None:
+        before += ((batch * (chunks + 1) + first) * HEADS_HERE + here) * SIZE
+    if kept is not None:
+        kept += of_head * ((chunks + SPAN - 1) // SPAN) * SIZE
+
+    b0, b1, b2 = copy_bias(B_bias, head, RANK, PAIRS, REST)
+    weight_x = (
+        None if mimo_x is None else copy_weights(mimo_x + head * (RANK * HEAD_DIM), HEAD_DIM, RANK, HEAD_DIM, False)
+    )
+    stream = allocate_stream(B, phase, DOCUMENTS, CHUNK, RANK, PAIRS, REST)
+    tokens = gl.allocate_shared_memory(dtype, [2, CHUNK, HEAD_DIM], operand_layout(CHUNK, HEAD_DIM, dtype))
+    copy_keys(stream, tokens, first % 2, x, B, phase, key_log, log_decay, chunk_decay, document_ids, first, seqlen,
+              STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST, TOKEN_STRIDE)  # fmt: skip
+    async_copy.commit_group()
+    if before is not None:
+        t0, t1, t2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
+    if starts is None:
+        s0, s1, s2 = zero_state(HEAD_DIM, PAIRS, REST)
+    else:
+        s0, s1, s2 = load_state(starts + (of_head * gl.num_programs(2) + gl.program_id(2)) * SIZE, PAIRS, REST)
+
+    whole_decay, whole_turn = nothing_whole(phase, PAIRS)
+    for chunk in range(first, end):
+        slot = chunk % 2
+        async_copy.wait_group(0)
+        # Behind the last chunk it is the last one once more.
+        copy_keys(stream, tokens, 1 - slot, x, B, phase, key_log, log_decay, chunk_decay, document_ids,
+                  gl.minimum(chunk + 1, end - 1), seqlen,
+                  STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST, TOKEN_STRIDE)  # fmt: skip
+        async_copy.commit_group()
+        soon = gl.minimum(chunk + FETCH, end - 1)
+        fetch_walk(x + soon.to(gl.int64) * (CHUNK * TOKEN_STRIDE), phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2,
+                   TOKEN_STRIDE, seqlen - soon * CHUNK, CHUNK)  # fmt: skip
+        raw = tokens.index(slot)
+        k0, k1, k2, fraction = read_rows(stream, slot, RANK, PAIRS, REST)
+        cos, sin = turn_of(fraction)
+        scale = read_scale(stream, slot, True, DOCUMENTS, row_layout(PAIRS, RANK))
+        rest_scale = None
+        if REST > 0:
+            rest_scale = read_scale(stream, slot, True, DOCUMENTS, row_layout(REST, RANK))
+        q0, q1, q2 = share_turned(k0, k1, k2, b0, b1, b2, cos * scale, sin * scale, rest_scale, B_bias is not None,
+                                  CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        turn = read_turn(stream, slot, PAIRS)
+        end_cos, end_sin = cosine_sine(turn, True)
+        if sums is not None:
+            whole_decay *= read_decay(stream, slot, PAIRS)
+            whole_turn += turn
+        v = share_values(raw, weight_x, CHUNK, RANK, HEAD_DIM)
+        if kept is not None:  # noqa: SIM102 (the compiler decides the one, the program the other)
+            if chunk % SPAN == 0:
+                store_state(kept + (chunk // SPAN) * SIZE, s0, s1, s2, PAIRS, REST)
+        if before is not None:
+            keep_state(s0, s1, s2, t0, t1, t2, REST)
+        s0 *= read_decay(stream, slot, PAIRS)[:, None]
+        s1 *= read_decay(stream, slot, PAIRS)[:, None]
+        if REST > 0:
+            s2 *= read_decay(stream, slot, REST)[:, None]
+        fence_async_shared()
+        # [P, rows] @ [rows, N] + [P, N] -> [P, N]
+        s0, s1, s2 = dot_onto_state(v.permute((1, 0)), q0, q1, q2, s0, s1, s2, PAIRS, REST)
+        if before is not None:
+            store_parts(before, t0, t1, t2, PAIRS, REST)
+            before += HEADS_HERE * SIZE
+        s0, s1 = warpgroup_mma_wait(0, [s0, s1, v, q0, q1])[:2]
+        if REST > 0:
+            s2 = warpgroup_mma_wait(0, [s2, q2])[0]
+        # Into the next chunk's frame.
+        turned = s0 * end_cos[None, :] + s1 * end_sin[None, :]
+        s1 = s1 * end_cos[None, :] - s0 * end_sin[None, :]
+        s0 = turned
+    async_copy.wait_group(0)
+    if before is not None:  # noqa: SIM102
+        if end == chunks:
+            keep_state(s0, s1, s2, t0, t1, t2, REST)
+            store_parts(before, t0, t1, t2, PAIRS, REST)
+    if last is not None:  # noqa: SIM102
+        if end == chunks:
+            store_state(last + of_head * SIZE, s0, s1, s2, PAIRS, REST)
+    if sums is not None:
+        store_state(sums + of_walk * SIZE, s0, s1, s2, PAIRS, REST)
+        store_whole(span_decay, span_turn, of_walk, whole_decay, whole_turn, PAIRS)

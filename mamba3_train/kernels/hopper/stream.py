@@ -1,0 +1,123 @@
+"""What a walk's next chunk brings, on its way to shared memory while this one is worked on.
+
+Loads into registers would not do: the hardware follows loads by six counters only, so that a wait for a number from
+shared memory is often one for the next chunk's numbers from memory, too. Copies to shared memory have their own.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
+
+from mamba3_train.kernels.hopper.layouts import copy_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.tiles import exp2
+
+
+@gluon.constexpr_function
+def plain_layout(rank):
+    """In shared memory, for a tensor of this rank that is read as it was written."""
+    return gl.SwizzledSharedLayout(1, 1, 1, list(reversed(range(rank))))
+
+
+@gluon.constexpr_function
+def each_layout():
+    """For a vector of 32-bit numbers: one a thread."""
+    return gl.BlockedLayout([1], [32], [4], [0])
+
+
+@gluon.jit
+def allocate_stream(B, phase, DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr,
+                    REST: gl.constexpr):  # fmt: skip
+    """Shared memory for two chunks: three parts of rows, phases, the last of them, four vectors of scales and ids."""
+    dtype: gl.constexpr = B.dtype.element_ty
+    turn: gl.constexpr = phase.dtype.element_ty
+    k0 = gl.allocate_shared_memory(dtype, [2, CHUNK, RANK, PAIRS], plain_layout(3))
+    k1 = gl.allocate_shared_memory(dtype, [2, CHUNK, RANK, PAIRS], plain_layout(3))
+    k2 = 0.0
+    if REST > 0:
+        k2 = gl.allocate_shared_memory(dtype, [2, CHUNK, RANK, REST], plain_layout(3))
+    phases = gl.allocate_shared_memory(turn, [2, CHUNK, PAIRS], plain_layout(2))
+    turns = gl.allocate_shared_memory(turn, [2, PAIRS], plain_layout(1))
+    logs = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain_layout(1))
+    ends = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain_layout(1))
+    decays = gl.allocate_shared_memory(gl.float32, [2, 64], plain_layout(1))
+    ids = 0
+    edges = 0
+    if DOCUMENTS:
+        ids = gl.allocate_shared_memory(gl.int32, [2, CHUNK], plain_layout(1))
+        edges = gl.allocate_shared_memory(gl.int32, [2, CHUNK], plain_layout(1))
+    return k0, k1, k2, phases, turns, logs, ends, decays, ids, edges
+
+
+@gluon.jit
+def copy_chunk(stream, slot, rows, phase, log, end, decay, ids, edge, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr,
+               RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """Start copying a chunk into a slot of `allocate_stream`.
+
+    rows, phase, log, ids: pointers to the chunk's first; end, decay, edge: to one number. end, ids, edge may be None.
+    """
+    copy_rows(stream[0].index(slot), rows, left, STRIDE, CHUNK, RANK, PAIRS)
+    copy_rows(stream[1].index(slot), rows + PAIRS, left, STRIDE, CHUNK, RANK, PAIRS)
+    if REST > 0:
+        copy_rows(stream[2].index(slot), rows + 2 * PAIRS, left, STRIDE, CHUNK, RANK, REST)
+    token = gl.arange(0, CHUNK, gl.SliceLayout(1, copy_layout(PAIRS, 16)))[:, None]
+    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, copy_layout(PAIRS, 16)))[None, :]
+    async_copy.async_copy_global_to_shared(stream[3].index(slot), phase + token * PAIRS + pair)
+    two: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    last = phase + (CHUNK - 1) * PAIRS + gl.arange(0, PAIRS, two)
+    async_copy.async_copy_global_to_shared(stream[4].index(slot), last)
+    token = gl.arange(0, CHUNK, each_layout())
+    async_copy.async_copy_global_to_shared(stream[5].index(slot), log + token)
+    if end is not None:
+        async_copy.async_copy_global_to_shared(stream[6].index(slot), end + 0 * token)
+    async_copy.async_copy_global_to_shared(stream[7].index(slot), decay + 0 * gl.arange(0, 64, each_layout()))
+    if ids is not None:
+        async_copy.async_copy_global_to_shared(stream[8].index(slot), ids + gl.minimum(token, left - 1))
+        async_copy.async_copy_global_to_shared(stream[9].index(slot), edge + 0 * token)
+
+
+@gluon.jit
+def copy_rows(tile, rows, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """Start copying WIDTH columns of a chunk's rows, STRIDE apart, zero past the sequence's end: see `load_rows`."""
+    layout: gl.constexpr = row_layout(WIDTH, RANK)
+    token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    rank = gl.arange(0, RANK, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    at = rows + (token * RANK + rank) * STRIDE + column
+    async_copy.async_copy_global_to_shared(tile, at, mask=(token < left) & (rank >= 0) & (column >= 0))
+
+
+@gluon.jit
+def read_rows(stream, slot, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """A chunk's rows in three parts, and its phases, as `load_parts` and `load_by_token` load them."""
+    k0 = stream[0].index(slot).load(row_layout(PAIRS, RANK))
+    k1 = stream[1].index(slot).load(row_layout(PAIRS, RANK))
+    k2 = 0.0
+    if REST > 0:
+        k2 = stream[2].index(slot).load(row_layout(REST, RANK))
+    fraction = stream[3].index(slot).load(gl.SliceLayout(1, row_layout(PAIRS, RANK)))
+    return k0, k1, k2, fraction
+
+
+@gluon.jit
+def read_scale(stream, slot, TO_END: gl.constexpr, DOCUMENTS: gl.constexpr, layout: gl.constexpr):
+    """Each token's decay to the chunk's end or since its start, (CHUNK, 1, 1); 0 where a document begins in between."""
+    slice: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
+    log = stream[5].index(slot).load(slice)
+    if TO_END:
+        log = stream[6].index(slot).load(slice) - log
+    scale = exp2(log, True)
+    if DOCUMENTS:
+        scale = gl.where(stream[8].index(slot).load(slice) == stream[9].index(slot).load(slice), scale, 0.0)
+    return scale[:, None, None]
+
+
+@gluon.jit
+def read_turn(stream, slot, PAIRS: gl.constexpr):
+    """A chunk's whole turn, (PAIRS,), to fit a product."""
+    return stream[4].index(slot).load(gl.SliceLayout(0, product_layout(PAIRS)))
+
+
+@gluon.jit
+def read_decay(stream, slot, WIDTH: gl.constexpr):
+    """A chunk's whole decay, 64 times, to fit a product."""
+    return stream[7].index(slot).load(gl.SliceLayout(1, product_layout(WIDTH)))

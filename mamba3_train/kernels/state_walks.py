@@ -1,0 +1,86 @@
+"""How chunks' states and their gradients come about on Hopper: by walks along whole sequences or spans of chunks.
+
+A walk is a chain, so many are needed at a time. Where batch and heads are enough, the forward walks whole sequences and
+keeps the state before every span; otherwise all spans are walked at once for what each adds, and `span_passing` hands
+that on. The backward begins at the states of the spans: `states`, (batch, H, spans, P, N) float32, of all heads.
+"""
+
+from torch import Tensor
+
+from mamba3_train.kernels import span_passing
+from mamba3_train.kernels.inputs import Inputs
+from mamba3_train.kernels.launch import hopper
+from mamba3_train.kernels.sizes import Sizes
+
+
+def starting_states(sizes: Sizes, inputs: Inputs, scales, keep: bool, last: Tensor) -> Tensor | None:
+    """The spans' states and the last one; before walks along whole sequences only the place for them, if kept."""
+    if sizes.walks_whole:
+        return sizes.empty(*sizes.kept_states) if keep else None
+    return span_states(sizes, inputs, scales, last)
+
+
+def span_states(sizes: Sizes, inputs: Inputs, scales, last: Tensor | None = None) -> Tensor:
+    """The spans' states, and in `last`, (batch, H, P, N) float32, the one after the sequence."""
+    sizes = sizes.of_all_heads
+    states, decay, turn = _span_sums(sizes, scales)
+    _walk(sizes.walk_spans, sizes, inputs, scales, 0, sums=states, decay=decay, turn=turn)
+    _pass_spans(sizes, states, inputs.initial, decay, turn, last, 0, backward=False)
+    return states
+
+
+def walk(sizes: Sizes, inputs: Inputs, scales, head: int, states: Tensor | None, last: Tensor) -> Tensor:
+    """The state before each chunk and after the last, (batch, chunks + 1, heads, P, N), of a pass of the forward."""
+    if not sizes.walks_whole:
+        return walk_spans(sizes, inputs, scales, head, states)
+    before = sizes.state_slots(sizes.chunks + 1)
+    _walk(sizes.walk_whole, sizes, inputs, scales, head, inputs.initial, before, states, last)
+    return before
+
+
+def walk_spans(sizes: Sizes, inputs: Inputs, scales, head: int, states: Tensor) -> Tensor:
+    """The same from the spans' states, of any pass."""
+    before = sizes.state_slots(sizes.chunks + 1)
+    _walk(sizes.walk_spans, sizes, inputs, scales, head, states, before)
+    return before
+
+
+def walk_back(
+    sizes: Sizes, inputs: Inputs, scales, head: int, d_y: Tensor, before: Tensor, d_last: Tensor | None,
+    d_initial: Tensor | None, scale_grads: dict[str, Tensor],
+) -> Tensor:  # fmt: skip
+    """The gradient of the state at each chunk's end, (batch, chunks, …), and by its decay and turn in scale_grads."""
+    d_states, decay, turn = _span_sums(sizes, scales)
+    kernel = hopper().gradient_walk.hopper_gradient_walk_kernel
+    rows = (inputs.C, inputs.C_bias, d_y, inputs.document_ids, scales.log_decay, scales.chunk_decay, scales.phase)
+    place = (sizes.seqlen, sizes.chunks, head)
+    sizes.walk_back(kernel, *rows, *[None] * 6, d_states, decay, turn, *place)
+    _pass_spans(sizes, d_states, d_last, decay, turn, None, head, backward=True)
+    d_at_end = sizes.state_slots(sizes.chunks)
+    by_chunk = (scale_grads["state_inner"], scale_grads["d_chunk_turn"])
+    sizes.walk_back(kernel, *rows, before, d_states, d_at_end, d_initial, *by_chunk, *[None] * 3, *place)
+    return d_at_end
+
+
+def _walk(
+    launch, sizes, inputs, scales, head, starts=None, before=None, kept=None, last=None,
+    sums=None, decay=None, turn=None,
+):  # fmt: skip
+    launch(
+        hopper().state_walk.hopper_state_walk_kernel,
+        inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.log_decay, scales.key_log,
+        scales.chunk_decay, scales.phase, starts, before, kept, last, sums, decay, turn,
+        sizes.seqlen, sizes.chunks, head,
+    )  # fmt: skip
+
+
+def _span_sums(sizes, scales) -> tuple[Tensor, Tensor, Tensor]:
+    """Place for what each span adds to the state of a pass's heads, for its whole decay, and for its whole turn."""
+    spans = (sizes.batch, sizes.heads_here, sizes.spans)
+    states = sizes.empty(*spans, sizes.head_dim, sizes.d_state)
+    return states, sizes.empty(*spans), sizes.empty(*spans, sizes.pairs, dtype=scales.phase.dtype)
+
+
+def _pass_spans(sizes, states, first, decay, turn, final, head, backward):
+    kernel = span_passing.span_passing_kernel
+    sizes.span_passing[backward](kernel, states, first, decay, turn, final, sizes.spans, head)
