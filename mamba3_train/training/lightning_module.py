@@ -74,6 +74,11 @@ class PretrainingModule(lightning.LightningModule):
         self.guard = guard or StepGuard()
         self.model: Mamba3LM | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are and losses arise: not always where parameters are kept, which is Lightning's meaning."""
+        return super().device if self._trainer is None else self.trainer.strategy.root_device
+
     def configure_model(self) -> None:
         """Build, choose what is kept, compile, shard, initialise; Lightning calls this more than once."""
         if self.model is not None:

@@ -110,3 +110,10 @@ def test_attention_is_refused():
             config, kernels="reference", optimizer=None, schedule=None, seed=0, micro_batch_size=1,
             gradient_clip_norm=1.0, segment_length=8,
         )  # fmt: skip
+
+
+def test_the_device_is_where_the_strategy_computes():
+    """Lightning's own is that of the parameters, which FSDP may keep in host memory."""
+    made = module(KINDS["siso"])
+    made.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 1)))
+    assert made.device == torch.device("cuda", 1)
