@@ -63,8 +63,8 @@ def test_every_gradient(dtype, size, packed):
     norm = packed
     found = errors(inputs_of(dtype, norm=norm, **SIZES[size]), **options)
     # The angles' gradient is a small difference of what queries and keys contribute; the norm makes it smaller still.
-    # Behind it few numbers count in A's: of 200, two hold a fifth to a third of the gradient and of its error, which was
-    # 0.4 to 0.5 % in five draws and 1.1 % in one.
+    # Behind it few count in A's: of 200 numbers, two hold a fifth to a third of the gradient and of its error, which
+    # was 0.4 to 0.5 % in five draws and 1.1 % in one.
     less = {"d_angles": 2, "d_A": 1.5 if norm else 1}
     limits = {name: LIMIT[dtype] * (1 + norm) * less.get(name, 1) for name in found}
     too_large = {name: e for name, e in found.items() if not e <= limits[name]}
