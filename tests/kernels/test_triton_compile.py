@@ -23,9 +23,12 @@ def test_kernels_compile_for_hopper(size):
     command = [sys.executable, ROOT / "tools" / "compile_kernels.py", size]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    kernels = {json.loads(line)["kernel"] for line in done.stdout.splitlines()}
-    assert len(kernels) == 16
-    assert sum(kernel.startswith("hopper_") for kernel in kernels) == 5
+    kernels = [json.loads(line)["kernel"] for line in done.stdout.splitlines()]
+    assert len(set(kernels)) == 16
+    assert sum(kernel.startswith("hopper_") for kernel in set(kernels)) == 5
+    # Along whole sequences, from kept states, and for what a span adds; back for what one adds, and from there.
+    assert kernels.count("hopper_state_walk_kernel") == 3
+    assert kernels.count("hopper_gradient_walk_kernel") == 2
 
 
 def test_finds_a_wrong_descriptor():

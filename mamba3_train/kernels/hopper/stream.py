@@ -49,30 +49,31 @@ def allocate_stream(B, phase, DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK
 
 
 @gluon.jit
-def copy_chunk(stream, slot, rows, phase, log, end, decay, ids, edge, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr,
+def copy_chunk(stream, slot, rows, phase, log, end, decay, id, edge, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr,
                RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Start copying a chunk into a slot of `allocate_stream`.
 
-    rows, phase, log, ids: pointers to the chunk's first; end, decay, edge: to one number. end, ids, edge may be None.
+    rows, phase, log, id: pointers to the chunk's first; end, decay, edge: to one number. end, id, edge may be None.
     """
-    copy_rows(stream[0].index(slot), rows, left, STRIDE, CHUNK, RANK, PAIRS)
-    copy_rows(stream[1].index(slot), rows + PAIRS, left, STRIDE, CHUNK, RANK, PAIRS)
+    k0, k1, k2, phases, turns, logs, ends, decays, ids, edges = stream
+    copy_rows(k0.index(slot), rows, left, STRIDE, CHUNK, RANK, PAIRS)
+    copy_rows(k1.index(slot), rows + PAIRS, left, STRIDE, CHUNK, RANK, PAIRS)
     if REST > 0:
-        copy_rows(stream[2].index(slot), rows + 2 * PAIRS, left, STRIDE, CHUNK, RANK, REST)
+        copy_rows(k2.index(slot), rows + 2 * PAIRS, left, STRIDE, CHUNK, RANK, REST)
     token = gl.arange(0, CHUNK, gl.SliceLayout(1, copy_layout(PAIRS, 16)))[:, None]
     pair = gl.arange(0, PAIRS, gl.SliceLayout(0, copy_layout(PAIRS, 16)))[None, :]
-    async_copy.async_copy_global_to_shared(stream[3].index(slot), phase + token * PAIRS + pair)
+    async_copy.async_copy_global_to_shared(phases.index(slot), phase + token * PAIRS + pair)
     two: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     last = phase + (CHUNK - 1) * PAIRS + gl.arange(0, PAIRS, two)
-    async_copy.async_copy_global_to_shared(stream[4].index(slot), last)
+    async_copy.async_copy_global_to_shared(turns.index(slot), last)
     token = gl.arange(0, CHUNK, each_layout())
-    async_copy.async_copy_global_to_shared(stream[5].index(slot), log + token)
+    async_copy.async_copy_global_to_shared(logs.index(slot), log + token)
     if end is not None:
-        async_copy.async_copy_global_to_shared(stream[6].index(slot), end + 0 * token)
-    async_copy.async_copy_global_to_shared(stream[7].index(slot), decay + 0 * gl.arange(0, 64, each_layout()))
-    if ids is not None:
-        async_copy.async_copy_global_to_shared(stream[8].index(slot), ids + gl.minimum(token, left - 1))
-        async_copy.async_copy_global_to_shared(stream[9].index(slot), edge + 0 * token)
+        async_copy.async_copy_global_to_shared(ends.index(slot), end + 0 * token)
+    async_copy.async_copy_global_to_shared(decays.index(slot), decay + 0 * gl.arange(0, 64, each_layout()))
+    if id is not None:
+        async_copy.async_copy_global_to_shared(ids.index(slot), id + gl.minimum(token, left - 1))
+        async_copy.async_copy_global_to_shared(edges.index(slot), edge + 0 * token)
 
 
 @gluon.jit
@@ -89,35 +90,39 @@ def copy_rows(tile, rows, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK:
 @gluon.jit
 def read_rows(stream, slot, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
     """A chunk's rows in three parts, and its phases, as `load_parts` and `load_by_token` load them."""
-    k0 = stream[0].index(slot).load(row_layout(PAIRS, RANK))
-    k1 = stream[1].index(slot).load(row_layout(PAIRS, RANK))
-    k2 = 0.0
+    k0, k1, k2, phases, _, _, _, _, _, _ = stream
+    first = k0.index(slot).load(row_layout(PAIRS, RANK))
+    second = k1.index(slot).load(row_layout(PAIRS, RANK))
+    rest = 0.0
     if REST > 0:
-        k2 = stream[2].index(slot).load(row_layout(REST, RANK))
-    fraction = stream[3].index(slot).load(gl.SliceLayout(1, row_layout(PAIRS, RANK)))
-    return k0, k1, k2, fraction
+        rest = k2.index(slot).load(row_layout(REST, RANK))
+    fraction = phases.index(slot).load(gl.SliceLayout(1, row_layout(PAIRS, RANK)))
+    return first, second, rest, fraction
 
 
 @gluon.jit
 def read_scale(stream, slot, TO_END: gl.constexpr, DOCUMENTS: gl.constexpr, layout: gl.constexpr):
     """Each token's decay to the chunk's end or since its start, (CHUNK, 1, 1); 0 where a document begins in between."""
+    _, _, _, _, _, logs, ends, _, ids, edges = stream
     slice: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
-    log = stream[5].index(slot).load(slice)
+    log = logs.index(slot).load(slice)
     if TO_END:
-        log = stream[6].index(slot).load(slice) - log
+        log = ends.index(slot).load(slice) - log
     scale = exp2(log, True)
     if DOCUMENTS:
-        scale = gl.where(stream[8].index(slot).load(slice) == stream[9].index(slot).load(slice), scale, 0.0)
+        scale = gl.where(ids.index(slot).load(slice) == edges.index(slot).load(slice), scale, 0.0)
     return scale[:, None, None]
 
 
 @gluon.jit
 def read_turn(stream, slot, PAIRS: gl.constexpr):
     """A chunk's whole turn, (PAIRS,), to fit a product."""
-    return stream[4].index(slot).load(gl.SliceLayout(0, product_layout(PAIRS)))
+    _, _, _, _, turns, _, _, _, _, _ = stream
+    return turns.index(slot).load(gl.SliceLayout(0, product_layout(PAIRS)))
 
 
 @gluon.jit
 def read_decay(stream, slot, WIDTH: gl.constexpr):
     """A chunk's whole decay, 64 times, to fit a product."""
-    return stream[7].index(slot).load(gl.SliceLayout(1, product_layout(WIDTH)))
+    _, _, _, _, _, _, _, decays, _, _ = stream
+    return decays.index(slot).load(gl.SliceLayout(1, product_layout(WIDTH)))
