@@ -25,9 +25,6 @@ from mamba3_train.kernels.launch import (
 WALKS = 256
 """As many programs at a time walk along whole sequences at least: two for each multiprocessor."""
 
-WARPS = 4
-"""Of every kernel for Hopper: what one stores for each of its warps is in so many parts."""
-
 
 class Given(NamedTuple):
     """Sizes of one call and all else that decides how its kernels are launched.
@@ -130,13 +127,13 @@ class Sizes(Given):
 
     @cached_property
     def inner_parts(self) -> int:
-        """Partial sums of S · dS a chunk: one a program of the state passing, padded to a power of two."""
-        return WARPS if self.on_hopper else triton.next_power_of_2(self.passing_programs)
+        """Partial sums of S · dS a chunk: one a program of the state passing, padded to a power of two; or a warp."""
+        return self.walk_warps if self.on_hopper else triton.next_power_of_2(self.passing_programs)
 
     @cached_property
     def turn_parts(self) -> int:
-        """Partial sums of the gradient of a chunk's whole turn: one for ROWS rows of the state."""
-        return WARPS if self.on_hopper else self.head_dim // state_passing.ROWS
+        """Partial sums of the gradient of a chunk's whole turn: one for ROWS rows of the state, or for a warp's."""
+        return self.walk_warps if self.on_hopper else self.head_dim // state_passing.ROWS
 
     @cached_property
     def head_blocks(self) -> int:
@@ -165,6 +162,11 @@ class Sizes(Given):
             kernel: Launcher(self.chunk_grid, constants | self.launch.options(kernel, self.hardware))
             for kernel in ("states", "outputs", "outputs_backward", "queries", "keys")
         }
+
+    @property
+    def walk_warps(self) -> int:
+        """Of a program that walks on Hopper."""
+        return self.launch.states[0]
 
     @property
     def span(self) -> int:

@@ -1,7 +1,7 @@
 """The Triton scan, forward and backward: the kernel stages strung together on plain tensors, no autograd here.
 
 Heads are taken in passes of `launch.heads`, so the workspace (states, per-head gradients of B and C) stays small and
-close to the L2 cache. The backward keeps nothing of the forward but its inputs and recomputes states pass by pass.
+close to the L2 cache. The backward computes most states again, pass by pass.
 """
 
 from typing import NamedTuple

@@ -8,36 +8,27 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma_wait
 
-from mamba3_train.kernels.hopper.layouts import operand_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.layouts import operand_layout, product_layout
 from mamba3_train.kernels.hopper.memory import copy_bias, copy_tile_to, fetch_ahead, store_parts
-from mamba3_train.kernels.hopper.state_walk import (
+from mamba3_train.kernels.hopper.states import (
+    copy_state_to,
     keep_state,
     load_state,
-    nothing_whole,
     state_tiles,
     store_state,
-    store_whole,
     zero_state,
 )
 from mamba3_train.kernels.hopper.stream import (
     allocate_stream,
     copy_chunk,
+    decay_state,
+    nothing_whole,
     read_decay,
-    read_rows,
-    read_scale,
     read_turn,
+    share_chunk,
+    store_whole,
 )
-from mamba3_train.kernels.hopper.tiles import cosine_sine, dot_onto_state, share_turned, turn_of
-
-
-@gluon.jit
-def copy_state_to(t0, t1, t2, state, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """Start copying a state (P, N) in three parts into shared memory that is there already."""
-    D_STATE: gl.constexpr = 2 * PAIRS + REST
-    copy_tile_to(t0, state, None, HEAD_DIM, D_STATE, PAIRS)
-    copy_tile_to(t1, state + PAIRS, None, HEAD_DIM, D_STATE, PAIRS)
-    if REST > 0:
-        copy_tile_to(t2, state + 2 * PAIRS, None, HEAD_DIM, D_STATE, REST)
+from mamba3_train.kernels.hopper.tiles import cosine_sine, dot_onto_state
 
 
 @gluon.jit
@@ -125,7 +116,7 @@ def hopper_gradient_walk_kernel(
     if DOCUMENTS:
         document_ids += start
 
-    b0, b1, b2 = copy_bias(C_bias, head, RANK, PAIRS, REST)
+    bias = copy_bias(C_bias, head, RANK, PAIRS, REST)
     stream = allocate_stream(C, phase, DOCUMENTS, CHUNK, RANK, PAIRS, REST)
     y = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], operand_layout(64, HEAD_DIM, dtype))
     copy_queries(stream, y, (end - 1) % 2, C, d_y, phase, log_decay, chunk_decay, document_ids, end - 1, seqlen,
@@ -173,18 +164,9 @@ def hopper_gradient_walk_kernel(
             store_inner(inner + chunk * INNER_PARTS, d_turn + chunk * (INNER_PARTS * PAIRS), s0, s1, s2, a0, a1, a2,
                         end_cos, end_sin, PAIRS, REST, INNER_PARTS)  # fmt: skip
             keep_state(s0, s1, s2, t0, t1, t2, REST)
-        q0, q1, q2, fraction = read_rows(stream, slot, RANK, PAIRS, REST)
-        cos, sin = turn_of(fraction)
-        scale = read_scale(stream, slot, False, DOCUMENTS, row_layout(PAIRS, RANK))
-        rest_scale = None
-        if REST > 0:
-            rest_scale = read_scale(stream, slot, False, DOCUMENTS, row_layout(REST, RANK))
-        q0, q1, q2 = share_turned(q0, q1, q2, b0, b1, b2, cos * scale, sin * scale, rest_scale, C_bias is not None,
-                                  CHUNK, RANK, PAIRS, REST)  # fmt: skip
-        s0 *= read_decay(stream, slot, PAIRS)[:, None]
-        s1 *= read_decay(stream, slot, PAIRS)[:, None]
-        if REST > 0:
-            s2 *= read_decay(stream, slot, REST)[:, None]
+        q0, q1, q2 = share_chunk(stream, slot, bias, False, C_bias is not None, DOCUMENTS,
+                                 CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        s0, s1, s2 = decay_state(stream, slot, s0, s1, s2, PAIRS, REST)
         of_y = y.index(slot)
         fence_async_shared()
         # [P, rows] @ [rows, N] + [P, N] -> [P, N]

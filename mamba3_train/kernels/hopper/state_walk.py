@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma_wait
 
-from mamba3_train.kernels.hopper.layouts import operand_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.layouts import operand_layout
 from mamba3_train.kernels.hopper.memory import (
     copy_bias,
     copy_tile_to,
@@ -20,95 +20,18 @@ from mamba3_train.kernels.hopper.memory import (
     fetch_line,
     store_parts,
 )
+from mamba3_train.kernels.hopper.states import keep_state, load_state, state_tiles, store_state, zero_state
 from mamba3_train.kernels.hopper.stream import (
     allocate_stream,
     copy_chunk,
+    decay_state,
+    nothing_whole,
     read_decay,
-    read_rows,
-    read_scale,
     read_turn,
+    share_chunk,
+    store_whole,
 )
-from mamba3_train.kernels.hopper.tiles import cosine_sine, dot_onto_state, share_turned, share_values, turn_of
-
-
-@gluon.jit
-def load_state(state, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """A float32 state (P, N) in three parts, as products."""
-    D_STATE: gl.constexpr = 2 * PAIRS + REST
-    s0 = gl.load(state + in_state(PAIRS, D_STATE))
-    s1 = gl.load(state + PAIRS + in_state(PAIRS, D_STATE))
-    s2 = 0.0
-    if REST > 0:
-        s2 = gl.load(state + 2 * PAIRS + in_state(REST, D_STATE))
-    return s0, s1, s2
-
-
-@gluon.jit
-def store_state(state, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """The way back from `load_state`."""
-    D_STATE: gl.constexpr = 2 * PAIRS + REST
-    gl.store(state + in_state(PAIRS, D_STATE), s0)
-    gl.store(state + PAIRS + in_state(PAIRS, D_STATE), s1)
-    if REST > 0:
-        gl.store(state + 2 * PAIRS + in_state(REST, D_STATE), s2)
-
-
-@gluon.jit
-def in_state(WIDTH: gl.constexpr, D_STATE: gl.constexpr):
-    """Where the numbers of a product (64, WIDTH) lie in a state."""
-    row = gl.arange(0, 64, gl.SliceLayout(1, product_layout(WIDTH)))[:, None]
-    return row * D_STATE + gl.arange(0, WIDTH, gl.SliceLayout(0, product_layout(WIDTH)))[None, :]
-
-
-@gluon.jit
-def zero_state(HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """A state of zeros in three parts, as products."""
-    s0 = gl.zeros([HEAD_DIM, PAIRS], gl.float32, product_layout(PAIRS))
-    s1 = gl.zeros([HEAD_DIM, PAIRS], gl.float32, product_layout(PAIRS))
-    s2 = 0.0
-    if REST > 0:
-        s2 = gl.zeros([HEAD_DIM, REST], gl.float32, product_layout(REST))
-    return s0, s1, s2
-
-
-@gluon.jit
-def state_tiles(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """Shared memory for a state in three parts."""
-    t0 = gl.allocate_shared_memory(dtype, [HEAD_DIM, PAIRS], operand_layout(HEAD_DIM, PAIRS, dtype))
-    t1 = gl.allocate_shared_memory(dtype, [HEAD_DIM, PAIRS], operand_layout(HEAD_DIM, PAIRS, dtype))
-    t2 = 0.0
-    if REST > 0:
-        t2 = gl.allocate_shared_memory(dtype, [HEAD_DIM, REST], operand_layout(HEAD_DIM, REST, dtype))
-    return t0, t1, t2
-
-
-@gluon.jit
-def keep_state(s0, s1, s2, t0, t1, t2, REST: gl.constexpr):
-    """A state in registers to shared memory, rounded."""
-    t0.store(s0.to(t0.dtype))
-    t1.store(s1.to(t1.dtype))
-    if REST > 0:
-        t2.store(s2.to(t2.dtype))
-
-
-@gluon.constexpr_function
-def turn_type(dtype):
-    """What turns are summed in: fractions of 16 bit go round by themselves."""
-    return gl.int32 if dtype == gl.int16 else gl.float32
-
-
-@gluon.jit
-def nothing_whole(phase, PAIRS: gl.constexpr):
-    """Decay and turn of no chunk."""
-    ones = gl.zeros([64], gl.float32, gl.SliceLayout(1, product_layout(PAIRS))) + 1.0
-    return ones, gl.zeros([PAIRS], turn_type(phase.dtype.element_ty), gl.SliceLayout(0, product_layout(PAIRS)))
-
-
-@gluon.jit
-def store_whole(span_decay, span_turn, of_walk, decay, turn, PAIRS: gl.constexpr):
-    """A walk's whole decay, which is there 64 times, and turn."""
-    gl.store(span_decay + of_walk + 0 * gl.arange(0, 64, decay.type.layout), decay)
-    gl.store(span_turn + of_walk * PAIRS + gl.arange(0, PAIRS, turn.type.layout), turn.to(span_turn.dtype.element_ty))
+from mamba3_train.kernels.hopper.tiles import cosine_sine, dot_onto_state, share_values
 
 
 @gluon.jit
@@ -183,7 +106,7 @@ def hopper_state_walk_kernel(
     if kept is not None:
         kept += of_head * ((chunks + SPAN - 1) // SPAN) * SIZE
 
-    b0, b1, b2 = copy_bias(B_bias, head, RANK, PAIRS, REST)
+    bias = copy_bias(B_bias, head, RANK, PAIRS, REST)
     weight_x = (
         None if mimo_x is None else copy_weights(mimo_x + head * (RANK * HEAD_DIM), HEAD_DIM, RANK, HEAD_DIM, False)
     )
@@ -212,14 +135,8 @@ def hopper_state_walk_kernel(
         fetch_walk(x + soon.to(gl.int64) * (CHUNK * TOKEN_STRIDE), phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2,
                    TOKEN_STRIDE, seqlen - soon * CHUNK, CHUNK)  # fmt: skip
         raw = tokens.index(slot)
-        k0, k1, k2, fraction = read_rows(stream, slot, RANK, PAIRS, REST)
-        cos, sin = turn_of(fraction)
-        scale = read_scale(stream, slot, True, DOCUMENTS, row_layout(PAIRS, RANK))
-        rest_scale = None
-        if REST > 0:
-            rest_scale = read_scale(stream, slot, True, DOCUMENTS, row_layout(REST, RANK))
-        q0, q1, q2 = share_turned(k0, k1, k2, b0, b1, b2, cos * scale, sin * scale, rest_scale, B_bias is not None,
-                                  CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        q0, q1, q2 = share_chunk(stream, slot, bias, True, B_bias is not None, DOCUMENTS,
+                                 CHUNK, RANK, PAIRS, REST)  # fmt: skip
         turn = read_turn(stream, slot, PAIRS)
         end_cos, end_sin = cosine_sine(turn, True)
         if sums is not None:
@@ -231,10 +148,7 @@ def hopper_state_walk_kernel(
                 store_state(kept + (chunk // SPAN) * SIZE, s0, s1, s2, PAIRS, REST)
         if before is not None:
             keep_state(s0, s1, s2, t0, t1, t2, REST)
-        s0 *= read_decay(stream, slot, PAIRS)[:, None]
-        s1 *= read_decay(stream, slot, PAIRS)[:, None]
-        if REST > 0:
-            s2 *= read_decay(stream, slot, REST)[:, None]
+        s0, s1, s2 = decay_state(stream, slot, s0, s1, s2, PAIRS, REST)
         fence_async_shared()
         # [P, rows] @ [rows, N] + [P, N] -> [P, N]
         s0, s1, s2 = dot_onto_state(v.permute((1, 0)), q0, q1, q2, s0, s1, s2, PAIRS, REST)

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from mamba3_train.kernels.hopper.layouts import copy_layout, product_layout, row_layout
-from mamba3_train.kernels.hopper.tiles import exp2
+from mamba3_train.kernels.hopper.tiles import exp2, share_turned, turn_of
 
 
 @gluon.constexpr_function
@@ -126,3 +126,47 @@ def read_decay(stream, slot, WIDTH: gl.constexpr):
     """A chunk's whole decay, 64 times, to fit a product."""
     _, _, _, _, _, _, _, decays, _, _ = stream
     return decays.index(slot).load(gl.SliceLayout(1, product_layout(WIDTH)))
+
+
+@gluon.jit
+def share_chunk(stream, slot, bias, TO_END: gl.constexpr, BIAS: gl.constexpr, DOCUMENTS: gl.constexpr,
+                CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """A chunk's rows plus their bias, turned and times `read_scale`, in shared memory."""
+    k0, k1, k2, fraction = read_rows(stream, slot, RANK, PAIRS, REST)
+    cos, sin = turn_of(fraction)
+    scale = read_scale(stream, slot, TO_END, DOCUMENTS, row_layout(PAIRS, RANK))
+    rest_scale = None
+    if REST > 0:
+        rest_scale = read_scale(stream, slot, TO_END, DOCUMENTS, row_layout(REST, RANK))
+    b0, b1, b2 = bias
+    return share_turned(k0, k1, k2, b0, b1, b2, cos * scale, sin * scale, rest_scale, BIAS, CHUNK, RANK, PAIRS, REST)
+
+
+@gluon.jit
+def decay_state(stream, slot, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """A state times a chunk's whole decay."""
+    s0 *= read_decay(stream, slot, PAIRS)[:, None]
+    s1 *= read_decay(stream, slot, PAIRS)[:, None]
+    if REST > 0:
+        s2 *= read_decay(stream, slot, REST)[:, None]
+    return s0, s1, s2
+
+
+@gluon.constexpr_function
+def turn_type(dtype):
+    """What turns are summed in: fractions of 16 bit go round by themselves."""
+    return gl.int32 if dtype == gl.int16 else gl.float32
+
+
+@gluon.jit
+def nothing_whole(phase, PAIRS: gl.constexpr):
+    """Decay and turn of no chunk."""
+    ones = gl.zeros([64], gl.float32, gl.SliceLayout(1, product_layout(PAIRS))) + 1.0
+    return ones, gl.zeros([PAIRS], turn_type(phase.dtype.element_ty), gl.SliceLayout(0, product_layout(PAIRS)))
+
+
+@gluon.jit
+def store_whole(span_decay, span_turn, of_walk, decay, turn, PAIRS: gl.constexpr):
+    """A walk's whole decay, which is there 64 times, and turn."""
+    gl.store(span_decay + of_walk + 0 * gl.arange(0, 64, decay.type.layout), decay)
+    gl.store(span_turn + of_walk * PAIRS + gl.arange(0, PAIRS, turn.type.layout), turn.to(span_turn.dtype.element_ty))

@@ -124,62 +124,25 @@ def weigh(pairs, weight, CHUNK: gl.constexpr, RANK: gl.constexpr):
 
 
 @gluon.jit
-def load_starts(log_decay, ids, chunk, left, CHUNK: gl.constexpr, layout: gl.constexpr):
-    """What `decay_of_starts` needs of a chunk, from pointers to it."""
+def decay_from_start(log_decay, ids, chunk, left, CHUNK: gl.constexpr, layout: gl.constexpr):
+    """Each token's decay since the chunk's start, (CHUNK,); 0 for documents that began in the chunk."""
     token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    log = gl.load(log_decay + token)
-    running = 0
-    id = 0 * token
+    scale = exp2(gl.load(log_decay + token), True)
     if ids is not None:
         running = gl.load(ids + gl.maximum(-1, -chunk * CHUNK))
-        id = gl.load(ids + gl.minimum(token, left - 1))
-    return log, running, id
-
-
-@gluon.jit
-def decay_of_starts(log, running, id, DOCUMENTS: gl.constexpr):
-    """Each token's decay since the chunk's start, (CHUNK,); 0 for documents that began in the chunk."""
-    scale = exp2(log, True)
-    if DOCUMENTS:
-        scale = gl.where(id == running, scale, 0.0)
-    return scale
-
-
-@gluon.jit
-def decay_from_start(log_decay, ids, chunk, left, CHUNK: gl.constexpr, layout: gl.constexpr):
-    """`decay_of_starts` of what is loaded at once."""
-    log, running, id = load_starts(log_decay, ids, chunk, left, CHUNK, layout)
-    return decay_of_starts(log, running, id, ids is not None)
-
-
-@gluon.jit
-def load_ends(log_decay, key_log, ids, left, CHUNK: gl.constexpr, layout: gl.constexpr):
-    """What `decay_of_ends` needs of a chunk, from pointers to it."""
-    token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    end = gl.load(log_decay + CHUNK - 1)
-    key = gl.load(key_log + token)
-    ending = 0
-    id = 0 * token
-    if ids is not None:
-        ending = gl.load(ids + gl.minimum(CHUNK - 1, left - 1))
-        id = gl.load(ids + gl.minimum(token, left - 1))
-    return end, key, ending, id
-
-
-@gluon.jit
-def decay_of_ends(end, key, ending, id, DOCUMENTS: gl.constexpr):
-    """What of each token's key is left at the chunk's end, (CHUNK,); 0 where another document ends the chunk."""
-    scale = exp2(end - key, True)
-    if DOCUMENTS:
-        scale = gl.where(id == ending, scale, 0.0)
+        scale = gl.where(gl.load(ids + gl.minimum(token, left - 1)) == running, scale, 0.0)
     return scale
 
 
 @gluon.jit
 def decay_to_end(log_decay, key_log, ids, left, CHUNK: gl.constexpr, layout: gl.constexpr):
-    """`decay_of_ends` of what is loaded at once."""
-    end, key, ending, id = load_ends(log_decay, key_log, ids, left, CHUNK, layout)
-    return decay_of_ends(end, key, ending, id, ids is not None)
+    """What of each token's key is left at the chunk's end, (CHUNK,); 0 where another document ends the chunk."""
+    token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    scale = exp2(gl.load(log_decay + CHUNK - 1) - gl.load(key_log + token), True)
+    if ids is not None:
+        ending = gl.load(ids + gl.minimum(CHUNK - 1, left - 1))
+        scale = gl.where(gl.load(ids + gl.minimum(token, left - 1)) == ending, scale, 0.0)
+    return scale
 
 
 @gluon.jit
