@@ -140,7 +140,8 @@ def test_a_bfloat16_state_is_rounded_once_a_token():
         rounding = (after.ssm.float() - exactly.ssm).abs() / exactly.ssm.abs()
         assert rounding.max() < 1.01 * 2**-9
     else:
-        assert torch.equal(y, expected)  # the interpreter cuts the last 16 bits off
+        assert torch.equal(y, expected)
+        # The interpreter cuts the last 16 bits off.
         assert torch.equal(after.ssm.float(), (exactly.ssm.view(torch.int32) & -(2**16)).view(torch.float32))
 
 
