@@ -4,13 +4,15 @@
     python tools/benchmark_step.py +recipe=440m_siso kernels=reference --steps 5 --json docs/results/step.json
 
 The step is the one that training runs, under Lightning, without saving; everything after the options is a recipe's
-key=value. Each step is timed to the device's last kernel. On several GPUs of one machine:
+key=value. A step's time is that between its last kernel and the last one of the step before, on the device, which is
+not waited for: the host runs ahead as in training. On several GPUs of one machine:
 
     torchrun --nproc-per-node 2 tools/benchmark_step.py +recipe=440m_siso strategy=fsdp trainer.devices=2 …
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import statistics
 import subprocess
@@ -30,6 +32,7 @@ from mamba3_train.config import compose
 from mamba3_train.model.cost import model_cost
 from mamba3_train.training import processes
 from mamba3_train.training.assembly import build_module, build_strategy
+from mamba3_train.training.device_clock import DeviceClock
 from mamba3_train.training.hardware import choose_precision, on_gpu, peak_flops
 
 
@@ -51,25 +54,28 @@ class RandomSteps(Dataset):
 
 
 class StepTimer(lightning.Callback):
-    """Seconds of every step, and one profile of the last `profiled` of them."""
+    """Seconds of every step but the first and those of which it takes a profile, the last `profiled`."""
 
     def __init__(self, steps: int, profiled: int):
-        self.steps, self.profiled, self.seconds, self.profile = steps, profiled, [], None
+        self.first_profiled, self.last = steps - profiled, steps - 1
+        self.ends, self.seconds, self.profile = [], [], None
         self.started = time.perf_counter()
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == self.steps - self.profiled:
+        if batch_idx == self.first_profiled:
+            _wait()
+            self.seconds = [self.clock.seconds([span]) for span in itertools.pairwise(self.ends)]
             self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             self.profile.start()
-        _wait()
-        self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        _wait()
-        self.seconds.append(time.perf_counter() - self.began)
         if batch_idx == 0:
+            _wait()
             self.first_step_after = time.perf_counter() - self.started
-        if batch_idx == self.steps - 1:
+            self.clock = DeviceClock(module.device)
+        self.ends.append(self.clock.now())
+        if batch_idx == self.last:
+            _wait()
             self.profile.stop()
 
 
@@ -115,7 +121,8 @@ def run_steps(config, steps: int, profiled: int) -> StepTimer:
         )
         rows = config.data.global_batch_size // (config.trainer.devices * config.trainer.num_nodes)
         data = RandomSteps(steps, rows, config.data.sequence_length, model_config.vocab_size)
-        trainer.fit(build_module(config, model_config), DataLoader(data, batch_size=None))
+        loader = DataLoader(data, batch_size=None, pin_memory=torch.cuda.is_available())
+        trainer.fit(build_module(config, model_config), loader)
     return timer
 
 
@@ -123,7 +130,7 @@ def summarise(config, overrides, timer: StepTimer, arguments) -> dict:
     """The figures of one run, with all that is needed to repeat it."""
     tokens = config.data.global_batch_size * config.data.sequence_length
     cost = model_cost(instantiate(config.model), config.data.sequence_length)
-    seconds = statistics.median(timer.seconds[arguments.warmup : -1])
+    seconds = statistics.median(timer.seconds[-arguments.steps :])
     has_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
     device = torch.cuda.get_device_name() if has_gpu else "cpu"
     peak = peak_flops(device)
