@@ -105,8 +105,8 @@ def chunk_outputs(
     )  # fmt: skip
     async_copy.wait_group(1)
     cos, sin = turn_of(hold(fraction, True))
-    q0, q1, q2 = share_turned(q0, q1, q2, c0, c1, c2, cos, sin, None, C_bias is not None, CHUNK, RANK, PAIRS, REST)
-    k0, k1, k2 = share_turned(k0, k1, k2, b0, b1, b2, cos, sin, None, B_bias is not None, CHUNK, RANK, PAIRS, REST)
+    q0, q1, q2 = share_turned(q0, q1, q2, c0, c1, c2, cos, sin, C_bias is not None, CHUNK, RANK, PAIRS, REST)
+    k0, k1, k2 = share_turned(k0, k1, k2, b0, b1, b2, cos, sin, B_bias is not None, CHUNK, RANK, PAIRS, REST)
     v = share_values(raw, weight_x, CHUNK, RANK, HEAD_DIM)
     async_copy.wait_group(0)
     fence_async_shared()

@@ -6,7 +6,7 @@ are walked at a time, first only for what each adds, then from the gradients tha
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from mamba3_train.kernels.hopper.layouts import operand_layout, product_layout
 from mamba3_train.kernels.hopper.memory import copy_bias, copy_tile_to, fetch_ahead, store_parts
@@ -19,23 +19,22 @@ from mamba3_train.kernels.hopper.states import (
     zero_state,
 )
 from mamba3_train.kernels.hopper.stream import (
+    allocate_rows,
     allocate_stream,
     copy_chunk,
-    decay_state,
+    end_product,
     nothing_whole,
-    read_decay,
-    read_turn,
-    share_chunk,
+    start_product,
     store_whole,
+    turn_chunk,
 )
-from mamba3_train.kernels.hopper.tiles import cosine_sine, dot_onto_state
+from mamba3_train.kernels.hopper.tiles import cosine_sine
 
 
 @gluon.jit
-def copy_queries(stream, y, slot, C, d_y, phase, log_decay, chunk_decay, document_ids, chunk, seqlen,
-                 STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, HEAD_DIM: gl.constexpr,
-                 PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """Start copying what a chunk brings: y's gradient and, from pointers to the sequence's first, all of `stream`."""
+def copy_queries(stream, C, phase, log_decay, chunk_decay, document_ids, chunk, seqlen, STRIDE: gl.constexpr,
+                 CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """Start copying what a chunk brings but y's gradient, from pointers to the sequence's first."""
     left = seqlen - chunk * CHUNK
     token = chunk.to(gl.int64) * CHUNK
     ids = None
@@ -43,9 +42,14 @@ def copy_queries(stream, y, slot, C, d_y, phase, log_decay, chunk_decay, documen
     if document_ids is not None:
         ids = document_ids + token
         edge = ids + gl.maximum(-1, -chunk * CHUNK)
-    copy_chunk(stream, slot, C + token * (RANK * STRIDE), phase + token * PAIRS, log_decay + token,
+    copy_chunk(stream, C + token * (RANK * STRIDE), phase + token * PAIRS, log_decay + token,
                None, chunk_decay + chunk, ids, edge, left, STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
-    copy_tile_to(y.index(slot), d_y + chunk.to(gl.int64) * (64 * HEAD_DIM), None, 64, HEAD_DIM, HEAD_DIM)
+
+
+@gluon.jit
+def copy_y(tile, d_y, chunk, HEAD_DIM: gl.constexpr):
+    """Start copying y's gradient of a chunk."""
+    copy_tile_to(tile, d_y + chunk.to(gl.int64) * (64 * HEAD_DIM), None, 64, HEAD_DIM, HEAD_DIM)
 
 
 @gluon.jit
@@ -93,7 +97,7 @@ def hopper_gradient_walk_kernel(
     STRIDE: gl.constexpr = GROUPS * D_STATE
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     SIZE: gl.constexpr = HEAD_DIM * D_STATE
-    FETCH: gl.constexpr = 3
+    FETCH: gl.constexpr = 4
     WHOLE: gl.constexpr = before is not None
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = d_y.dtype.element_ty
@@ -118,9 +122,21 @@ def hopper_gradient_walk_kernel(
 
     bias = copy_bias(C_bias, head, RANK, PAIRS, REST)
     stream = allocate_stream(C, phase, DOCUMENTS, CHUNK, RANK, PAIRS, REST)
+    rows = allocate_rows(dtype, PAIRS, REST)
     y = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], operand_layout(64, HEAD_DIM, dtype))
-    copy_queries(stream, y, (end - 1) % 2, C, d_y, phase, log_decay, chunk_decay, document_ids, end - 1, seqlen,
-                 STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST)  # fmt: skip
+    if starts is None:
+        s0, s1, s2 = zero_state(HEAD_DIM, PAIRS, REST)
+    else:
+        s0, s1, s2 = load_state(starts + of_walk * SIZE, PAIRS, REST)
+
+    chunk = end - 1
+    copy_queries(stream, C, phase, log_decay, chunk_decay, document_ids, chunk, seqlen,
+                 STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    copy_y(y.index(chunk % 2), d_y, chunk, HEAD_DIM)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    turn, decay, rest_decay = turn_chunk(stream, rows, chunk % 2, bias, False, C_bias is not None, DOCUMENTS,
+                                         CHUNK, RANK, PAIRS, REST)  # fmt: skip
     if WHOLE:
         # The state in slot i + 1 is the one after chunk i.
         SLOT: gl.constexpr = HEADS_HERE * SIZE
@@ -131,53 +147,54 @@ def hopper_gradient_walk_kernel(
         t0, t1, t2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
         a0, a1, a2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
         copy_state_to(a0, a1, a2, before + end.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
+        async_copy.commit_group()
+    following = gl.maximum(chunk - 1, first)
+    copy_queries(stream, C, phase, log_decay, chunk_decay, document_ids, following, seqlen,
+                 STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    copy_y(y.index(1 - chunk % 2), d_y, following, HEAD_DIM)
     async_copy.commit_group()
-    if starts is None:
-        s0, s1, s2 = zero_state(HEAD_DIM, PAIRS, REST)
-    else:
-        s0, s1, s2 = load_state(starts + of_walk * SIZE, PAIRS, REST)
 
     whole_decay, whole_turn = nothing_whole(phase, PAIRS)
     for i in range(first, end):
         chunk = end - 1 - (i - first)
         slot = chunk % 2
-        async_copy.wait_group(0)
-        # What the next chunk brings is on its way; behind the walk's first chunk it is that one once more.
-        following = gl.maximum(chunk - 1, first)
-        copy_queries(stream, y, 1 - slot, C, d_y, phase, log_decay, chunk_decay, document_ids, following, seqlen,
-                     STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST)  # fmt: skip
-        async_copy.commit_group()
+        # Into the chunk's own frame.
+        cos, sin = cosine_sine(turn, True)
+        turned = s0 * cos[None, :] - s1 * sin[None, :]
+        s1 = s1 * cos[None, :] + s0 * sin[None, :]
+        s0 = turned
+        if sums is not None:
+            whole_decay *= decay
+            whole_turn += turn
+        if WHOLE:
+            async_copy.wait_group(1)  # the state, not yet the next chunk
+            store_inner(inner + chunk * INNER_PARTS, d_turn + chunk * (INNER_PARTS * PAIRS), s0, s1, s2, a0, a1, a2,
+                        cos, sin, PAIRS, REST, INNER_PARTS)  # fmt: skip
+            keep_state(s0, s1, s2, t0, t1, t2, REST)
+        of_y = y.index(slot)
+        s0, s1, s2 = start_product(of_y, rows, slot, s0, s1, s2, decay, rest_decay, PAIRS, REST)
+        # Meanwhile the next chunk's rows; behind the walk's first chunk they are that one's once more.
+        if WHOLE:
+            after = gl.maximum(chunk - 1, first) + 1
+            copy_state_to(a0, a1, a2, before + after.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
+            async_copy.commit_group()
+            store_parts(d_at_end + chunk.to(gl.int64) * SLOT, t0, t1, t2, PAIRS, REST)
+            async_copy.wait_group(1)  # the next chunk, not yet the state
+        else:
+            async_copy.wait_group(0)
+        turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, False, C_bias is not None, DOCUMENTS,
+                                             CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        following = gl.maximum(chunk - 2, first)
+        copy_queries(stream, C, phase, log_decay, chunk_decay, document_ids, following, seqlen,
+                     STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
         soon = gl.maximum(chunk - FETCH, first)
         fetch_ahead(phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2)
         fetch_ahead(d_y + soon.to(gl.int64) * (64 * HEAD_DIM), 64 * HEAD_DIM * 2)
-        # Into the chunk's own frame.
-        turn = read_turn(stream, slot, PAIRS)
-        end_cos, end_sin = cosine_sine(turn, True)
-        turned = s0 * end_cos[None, :] - s1 * end_sin[None, :]
-        s1 = s1 * end_cos[None, :] + s0 * end_sin[None, :]
-        s0 = turned
-        if sums is not None:
-            whole_decay *= read_decay(stream, slot, PAIRS)
-            whole_turn += turn
         if WHOLE:
             fetch_ahead(before + (soon + 1).to(gl.int64) * SLOT, SIZE * 2)
-            store_inner(inner + chunk * INNER_PARTS, d_turn + chunk * (INNER_PARTS * PAIRS), s0, s1, s2, a0, a1, a2,
-                        end_cos, end_sin, PAIRS, REST, INNER_PARTS)  # fmt: skip
-            keep_state(s0, s1, s2, t0, t1, t2, REST)
-        q0, q1, q2 = share_chunk(stream, slot, bias, False, C_bias is not None, DOCUMENTS,
-                                 CHUNK, RANK, PAIRS, REST)  # fmt: skip
-        s0, s1, s2 = decay_state(stream, slot, s0, s1, s2, PAIRS, REST)
-        of_y = y.index(slot)
-        fence_async_shared()
-        # [P, rows] @ [rows, N] + [P, N] -> [P, N]
-        s0, s1, s2 = dot_onto_state(of_y.permute((1, 0)), q0, q1, q2, s0, s1, s2, PAIRS, REST)
-        if WHOLE:
-            copy_state_to(a0, a1, a2, before + (following + 1).to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
-            async_copy.commit_group()
-            store_parts(d_at_end + chunk.to(gl.int64) * SLOT, t0, t1, t2, PAIRS, REST)
-        s0, s1 = warpgroup_mma_wait(0, [s0, s1, of_y, q0, q1])[:2]
-        if REST > 0:
-            s2 = warpgroup_mma_wait(0, [s2, q2])[0]
+        s0, s1, s2 = end_product(of_y, rows, slot, s0, s1, s2, REST)
+        copy_y(y.index(slot), d_y, following, HEAD_DIM)
+        async_copy.commit_group()
     async_copy.wait_group(0)
     if d_initial is not None:  # noqa: SIM102 (the compiler decides the one, the program the other)
         if first == 0:

@@ -212,6 +212,12 @@ def share(rows, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def put(tile, rows, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """The same to shared memory that is there already."""
+    tile.store(gl.reshape(rows, [CHUNK * RANK, WIDTH]))
+
+
+@gluon.jit
 def store_rows(target, tile, rows, STRIDE: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     """The first `rows` rows of a tile of shared memory, (ROWS, WIDTH), to memory, STRIDE apart."""
     layout: gl.constexpr = copy_layout(WIDTH, 16)

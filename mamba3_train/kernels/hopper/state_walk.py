@@ -9,7 +9,7 @@ backward always does.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from mamba3_train.kernels.hopper.layouts import operand_layout
 from mamba3_train.kernels.hopper.memory import (
@@ -18,27 +18,27 @@ from mamba3_train.kernels.hopper.memory import (
     copy_weights,
     fetch_ahead,
     fetch_line,
+    put,
     store_parts,
 )
 from mamba3_train.kernels.hopper.states import keep_state, load_state, state_tiles, store_state, zero_state
 from mamba3_train.kernels.hopper.stream import (
+    allocate_rows,
     allocate_stream,
     copy_chunk,
-    decay_state,
+    end_product,
     nothing_whole,
-    read_decay,
-    read_turn,
-    share_chunk,
+    start_product,
     store_whole,
+    turn_chunk,
 )
-from mamba3_train.kernels.hopper.tiles import cosine_sine, dot_onto_state, share_values
+from mamba3_train.kernels.hopper.tiles import cosine_sine, rows_of_values
 
 
 @gluon.jit
-def copy_keys(stream, tokens, slot, x, B, phase, key_log, log_decay, chunk_decay, document_ids, chunk, seqlen,
-              STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, HEAD_DIM: gl.constexpr,
-              PAIRS: gl.constexpr, REST: gl.constexpr, TOKEN_STRIDE: gl.constexpr):  # fmt: skip
-    """Start copying what a chunk brings: its tokens and, from pointers to the sequence's first, all of `stream`."""
+def copy_keys(stream, B, phase, key_log, log_decay, chunk_decay, document_ids, chunk, seqlen, STRIDE: gl.constexpr,
+              CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """Start copying what a chunk brings but its tokens, from pointers to the sequence's first."""
     left = seqlen - chunk * CHUNK
     token = chunk.to(gl.int64) * CHUNK
     ids = None
@@ -46,10 +46,23 @@ def copy_keys(stream, tokens, slot, x, B, phase, key_log, log_decay, chunk_decay
     if document_ids is not None:
         ids = document_ids + token
         edge = ids + gl.minimum(CHUNK - 1, left - 1)
-    copy_chunk(stream, slot, B + token * (RANK * STRIDE), phase + token * PAIRS, key_log + token,
+    copy_chunk(stream, B + token * (RANK * STRIDE), phase + token * PAIRS, key_log + token,
                log_decay + token + CHUNK - 1, chunk_decay + chunk, ids, edge, left,
                STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
-    copy_tile_to(tokens.index(slot), x + token * TOKEN_STRIDE, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
+
+
+@gluon.jit
+def copy_tokens(tile, x, chunk, seqlen, TOKEN_STRIDE: gl.constexpr, CHUNK: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Start copying a chunk's tokens, from a pointer to the sequence's first."""
+    token = chunk.to(gl.int64) * CHUNK
+    copy_tile_to(tile, x + token * TOKEN_STRIDE, seqlen - chunk * CHUNK, CHUNK, TOKEN_STRIDE, HEAD_DIM)
+
+
+@gluon.jit
+def keep_start(kept, chunk, s0, s1, s2, SPAN: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Store the state before a chunk if a span begins with it."""
+    if chunk % SPAN == 0:
+        store_state(kept + (chunk // SPAN) * (64 * (2 * PAIRS + REST)), s0, s1, s2, PAIRS, REST)
 
 
 @gluon.jit
@@ -78,7 +91,7 @@ def hopper_state_walk_kernel(
     STRIDE: gl.constexpr = GROUPS * D_STATE
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     SIZE: gl.constexpr = HEAD_DIM * D_STATE
-    FETCH: gl.constexpr = 3
+    FETCH: gl.constexpr = 4
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = x.dtype.element_ty
     here = gl.program_id(0)
@@ -111,10 +124,11 @@ def hopper_state_walk_kernel(
         None if mimo_x is None else copy_weights(mimo_x + head * (RANK * HEAD_DIM), HEAD_DIM, RANK, HEAD_DIM, False)
     )
     stream = allocate_stream(B, phase, DOCUMENTS, CHUNK, RANK, PAIRS, REST)
+    rows = allocate_rows(dtype, PAIRS, REST)
     tokens = gl.allocate_shared_memory(dtype, [2, CHUNK, HEAD_DIM], operand_layout(CHUNK, HEAD_DIM, dtype))
-    copy_keys(stream, tokens, first % 2, x, B, phase, key_log, log_decay, chunk_decay, document_ids, first, seqlen,
-              STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST, TOKEN_STRIDE)  # fmt: skip
-    async_copy.commit_group()
+    values = tokens
+    if mimo_x is not None:
+        values = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], operand_layout(64, HEAD_DIM, dtype))
     if before is not None:
         t0, t1, t2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
     if starts is None:
@@ -122,50 +136,66 @@ def hopper_state_walk_kernel(
     else:
         s0, s1, s2 = load_state(starts + (of_head * gl.num_programs(2) + gl.program_id(2)) * SIZE, PAIRS, REST)
 
+    copy_keys(stream, B, phase, key_log, log_decay, chunk_decay, document_ids, first, seqlen,
+              STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    copy_tokens(tokens.index(first % 2), x, first, seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    turn, decay, rest_decay = turn_chunk(stream, rows, first % 2, bias, True, B_bias is not None, DOCUMENTS,
+                                         CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    if mimo_x is not None:
+        v = rows_of_values(tokens.index(first % 2), weight_x, RANK, HEAD_DIM)
+        put(values.index(first % 2), v, CHUNK, RANK, HEAD_DIM)
+    following = gl.minimum(first + 1, end - 1)
+    copy_keys(stream, B, phase, key_log, log_decay, chunk_decay, document_ids, following, seqlen,
+              STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    copy_tokens(tokens.index((first + 1) % 2), x, following, seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
+    async_copy.commit_group()
+    if kept is not None:
+        keep_start(kept, first, s0, s1, s2, SPAN, PAIRS, REST)
+    if before is not None:
+        keep_state(s0, s1, s2, t0, t1, t2, REST)
+
     whole_decay, whole_turn = nothing_whole(phase, PAIRS)
     for chunk in range(first, end):
         slot = chunk % 2
-        async_copy.wait_group(0)
-        # Behind the last chunk it is the last one once more.
-        copy_keys(stream, tokens, 1 - slot, x, B, phase, key_log, log_decay, chunk_decay, document_ids,
-                  gl.minimum(chunk + 1, end - 1), seqlen,
-                  STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST, TOKEN_STRIDE)  # fmt: skip
-        async_copy.commit_group()
-        soon = gl.minimum(chunk + FETCH, end - 1)
-        fetch_walk(x + soon.to(gl.int64) * (CHUNK * TOKEN_STRIDE), phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2,
-                   TOKEN_STRIDE, seqlen - soon * CHUNK, CHUNK)  # fmt: skip
-        raw = tokens.index(slot)
-        q0, q1, q2 = share_chunk(stream, slot, bias, True, B_bias is not None, DOCUMENTS,
-                                 CHUNK, RANK, PAIRS, REST)  # fmt: skip
-        turn = read_turn(stream, slot, PAIRS)
-        end_cos, end_sin = cosine_sine(turn, True)
+        of_value = values.index(slot)
+        s0, s1, s2 = start_product(of_value, rows, slot, s0, s1, s2, decay, rest_decay, PAIRS, REST)
+        cos, sin = cosine_sine(turn, True)
         if sums is not None:
-            whole_decay *= read_decay(stream, slot, PAIRS)
+            whole_decay *= decay
             whole_turn += turn
-        v = share_values(raw, weight_x, CHUNK, RANK, HEAD_DIM)
-        if kept is not None:  # noqa: SIM102 (the compiler decides the one, the program the other)
-            if chunk % SPAN == 0:
-                store_state(kept + (chunk // SPAN) * SIZE, s0, s1, s2, PAIRS, REST)
-        if before is not None:
-            keep_state(s0, s1, s2, t0, t1, t2, REST)
-        s0, s1, s2 = decay_state(stream, slot, s0, s1, s2, PAIRS, REST)
-        fence_async_shared()
-        # [P, rows] @ [rows, N] + [P, N] -> [P, N]
-        s0, s1, s2 = dot_onto_state(v.permute((1, 0)), q0, q1, q2, s0, s1, s2, PAIRS, REST)
         if before is not None:
             store_parts(before, t0, t1, t2, PAIRS, REST)
             before += HEADS_HERE * SIZE
-        s0, s1 = warpgroup_mma_wait(0, [s0, s1, v, q0, q1])[:2]
-        if REST > 0:
-            s2 = warpgroup_mma_wait(0, [s2, q2])[0]
+        # Meanwhile the next chunk's rows; behind the last chunk they are the last one's once more.
+        async_copy.wait_group(0)
+        turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, True, B_bias is not None, DOCUMENTS,
+                                             CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        if mimo_x is not None:
+            v = rows_of_values(tokens.index(1 - slot), weight_x, RANK, HEAD_DIM)
+            put(values.index(1 - slot), v, CHUNK, RANK, HEAD_DIM)
+        following = gl.minimum(chunk + 2, end - 1)
+        copy_keys(stream, B, phase, key_log, log_decay, chunk_decay, document_ids, following, seqlen,
+                  STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        soon = gl.minimum(chunk + FETCH, end - 1)
+        fetch_walk(x + soon.to(gl.int64) * (CHUNK * TOKEN_STRIDE), phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2,
+                   TOKEN_STRIDE, seqlen - soon * CHUNK, CHUNK)  # fmt: skip
+        s0, s1, s2 = end_product(of_value, rows, slot, s0, s1, s2, REST)
+        copy_tokens(tokens.index(slot), x, following, seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
+        async_copy.commit_group()
         # Into the next chunk's frame.
-        turned = s0 * end_cos[None, :] + s1 * end_sin[None, :]
-        s1 = s1 * end_cos[None, :] - s0 * end_sin[None, :]
+        turned = s0 * cos[None, :] + s1 * sin[None, :]
+        s1 = s1 * cos[None, :] - s0 * sin[None, :]
         s0 = turned
+        if kept is not None:  # noqa: SIM102 (the compiler decides the one, the program the other)
+            if chunk + 1 < end:
+                keep_start(kept, chunk + 1, s0, s1, s2, SPAN, PAIRS, REST)
+        if before is not None:
+            keep_state(s0, s1, s2, t0, t1, t2, REST)
     async_copy.wait_group(0)
     if before is not None:  # noqa: SIM102
         if end == chunks:
-            keep_state(s0, s1, s2, t0, t1, t2, REST)
             store_parts(before, t0, t1, t2, PAIRS, REST)
     if last is not None:  # noqa: SIM102
         if end == chunks:

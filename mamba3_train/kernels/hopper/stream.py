@@ -1,4 +1,4 @@
-"""What a walk's next chunk brings, on its way to shared memory while this one is worked on.
+"""What a walk's next chunk but one brings, on its way to shared memory while two are worked on.
 
 Loads into registers would not do: the hardware follows loads by six counters only, so that a wait for a number from
 shared memory is often one for the next chunk's numbers from memory, too. Copies to shared memory have their own.
@@ -6,10 +6,11 @@ shared memory is often one for the next chunk's numbers from memory, too. Copies
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma_wait
 
-from mamba3_train.kernels.hopper.layouts import copy_layout, product_layout, row_layout
-from mamba3_train.kernels.hopper.tiles import exp2, share_turned, turn_of
+from mamba3_train.kernels.hopper.layouts import copy_layout, operand_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.memory import put
+from mamba3_train.kernels.hopper.tiles import dot_onto_state, exp2, turn_of, turned_rows
 
 
 @gluon.constexpr_function
@@ -27,53 +28,53 @@ def each_layout():
 @gluon.jit
 def allocate_stream(B, phase, DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr,
                     REST: gl.constexpr):  # fmt: skip
-    """Shared memory for two chunks: three parts of rows, phases, the last of them, four vectors of scales and ids."""
+    """Shared memory for a chunk: three parts of rows, phases, the last of them, four vectors of scales and ids."""
     dtype: gl.constexpr = B.dtype.element_ty
     turn: gl.constexpr = phase.dtype.element_ty
-    k0 = gl.allocate_shared_memory(dtype, [2, CHUNK, RANK, PAIRS], plain_layout(3))
-    k1 = gl.allocate_shared_memory(dtype, [2, CHUNK, RANK, PAIRS], plain_layout(3))
+    k0 = gl.allocate_shared_memory(dtype, [CHUNK, RANK, PAIRS], plain_layout(3))
+    k1 = gl.allocate_shared_memory(dtype, [CHUNK, RANK, PAIRS], plain_layout(3))
     k2 = 0.0
     if REST > 0:
-        k2 = gl.allocate_shared_memory(dtype, [2, CHUNK, RANK, REST], plain_layout(3))
-    phases = gl.allocate_shared_memory(turn, [2, CHUNK, PAIRS], plain_layout(2))
-    turns = gl.allocate_shared_memory(turn, [2, PAIRS], plain_layout(1))
-    logs = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain_layout(1))
-    ends = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain_layout(1))
-    decays = gl.allocate_shared_memory(gl.float32, [2, 64], plain_layout(1))
+        k2 = gl.allocate_shared_memory(dtype, [CHUNK, RANK, REST], plain_layout(3))
+    phases = gl.allocate_shared_memory(turn, [CHUNK, PAIRS], plain_layout(2))
+    turns = gl.allocate_shared_memory(turn, [PAIRS], plain_layout(1))
+    logs = gl.allocate_shared_memory(gl.float32, [CHUNK], plain_layout(1))
+    ends = gl.allocate_shared_memory(gl.float32, [CHUNK], plain_layout(1))
+    decays = gl.allocate_shared_memory(gl.float32, [64], plain_layout(1))
     ids = 0
     edges = 0
     if DOCUMENTS:
-        ids = gl.allocate_shared_memory(gl.int32, [2, CHUNK], plain_layout(1))
-        edges = gl.allocate_shared_memory(gl.int32, [2, CHUNK], plain_layout(1))
+        ids = gl.allocate_shared_memory(gl.int32, [CHUNK], plain_layout(1))
+        edges = gl.allocate_shared_memory(gl.int32, [CHUNK], plain_layout(1))
     return k0, k1, k2, phases, turns, logs, ends, decays, ids, edges
 
 
 @gluon.jit
-def copy_chunk(stream, slot, rows, phase, log, end, decay, id, edge, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr,
+def copy_chunk(stream, rows, phase, log, end, decay, id, edge, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr,
                RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """Start copying a chunk into a slot of `allocate_stream`.
+    """Start copying a chunk to where `allocate_stream` says.
 
     rows, phase, log, id: pointers to the chunk's first; end, decay, edge: to one number. end, id, edge may be None.
     """
     k0, k1, k2, phases, turns, logs, ends, decays, ids, edges = stream
-    copy_rows(k0.index(slot), rows, left, STRIDE, CHUNK, RANK, PAIRS)
-    copy_rows(k1.index(slot), rows + PAIRS, left, STRIDE, CHUNK, RANK, PAIRS)
+    copy_rows(k0, rows, left, STRIDE, CHUNK, RANK, PAIRS)
+    copy_rows(k1, rows + PAIRS, left, STRIDE, CHUNK, RANK, PAIRS)
     if REST > 0:
-        copy_rows(k2.index(slot), rows + 2 * PAIRS, left, STRIDE, CHUNK, RANK, REST)
+        copy_rows(k2, rows + 2 * PAIRS, left, STRIDE, CHUNK, RANK, REST)
     token = gl.arange(0, CHUNK, gl.SliceLayout(1, copy_layout(PAIRS, 16)))[:, None]
     pair = gl.arange(0, PAIRS, gl.SliceLayout(0, copy_layout(PAIRS, 16)))[None, :]
-    async_copy.async_copy_global_to_shared(phases.index(slot), phase + token * PAIRS + pair)
+    async_copy.async_copy_global_to_shared(phases, phase + token * PAIRS + pair)
     two: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     last = phase + (CHUNK - 1) * PAIRS + gl.arange(0, PAIRS, two)
-    async_copy.async_copy_global_to_shared(turns.index(slot), last)
+    async_copy.async_copy_global_to_shared(turns, last)
     token = gl.arange(0, CHUNK, each_layout())
-    async_copy.async_copy_global_to_shared(logs.index(slot), log + token)
+    async_copy.async_copy_global_to_shared(logs, log + token)
     if end is not None:
-        async_copy.async_copy_global_to_shared(ends.index(slot), end + 0 * token)
-    async_copy.async_copy_global_to_shared(decays.index(slot), decay + 0 * gl.arange(0, 64, each_layout()))
+        async_copy.async_copy_global_to_shared(ends, end + 0 * token)
+    async_copy.async_copy_global_to_shared(decays, decay + 0 * gl.arange(0, 64, each_layout()))
     if id is not None:
-        async_copy.async_copy_global_to_shared(ids.index(slot), id + gl.minimum(token, left - 1))
-        async_copy.async_copy_global_to_shared(edges.index(slot), edge + 0 * token)
+        async_copy.async_copy_global_to_shared(ids, id + gl.minimum(token, left - 1))
+        async_copy.async_copy_global_to_shared(edges, edge + 0 * token)
 
 
 @gluon.jit
@@ -88,67 +89,104 @@ def copy_rows(tile, rows, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK:
 
 
 @gluon.jit
-def read_rows(stream, slot, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+def read_rows(stream, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
     """A chunk's rows in three parts, and its phases, as `load_parts` and `load_by_token` load them."""
     k0, k1, k2, phases, _, _, _, _, _, _ = stream
-    first = k0.index(slot).load(row_layout(PAIRS, RANK))
-    second = k1.index(slot).load(row_layout(PAIRS, RANK))
+    first = k0.load(row_layout(PAIRS, RANK))
+    second = k1.load(row_layout(PAIRS, RANK))
     rest = 0.0
     if REST > 0:
-        rest = k2.index(slot).load(row_layout(REST, RANK))
-    fraction = phases.index(slot).load(gl.SliceLayout(1, row_layout(PAIRS, RANK)))
+        rest = k2.load(row_layout(REST, RANK))
+    fraction = phases.load(gl.SliceLayout(1, row_layout(PAIRS, RANK)))
     return first, second, rest, fraction
 
 
 @gluon.jit
-def read_scale(stream, slot, TO_END: gl.constexpr, DOCUMENTS: gl.constexpr, layout: gl.constexpr):
+def read_scale(stream, TO_END: gl.constexpr, DOCUMENTS: gl.constexpr, layout: gl.constexpr):
     """Each token's decay to the chunk's end or since its start, (CHUNK, 1, 1); 0 where a document begins in between."""
     _, _, _, _, _, logs, ends, _, ids, edges = stream
     slice: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
-    log = logs.index(slot).load(slice)
+    log = logs.load(slice)
     if TO_END:
-        log = ends.index(slot).load(slice) - log
+        log = ends.load(slice) - log
     scale = exp2(log, True)
     if DOCUMENTS:
-        scale = gl.where(ids.index(slot).load(slice) == edges.index(slot).load(slice), scale, 0.0)
+        scale = gl.where(ids.load(slice) == edges.load(slice), scale, 0.0)
     return scale[:, None, None]
 
 
 @gluon.jit
-def read_turn(stream, slot, PAIRS: gl.constexpr):
+def read_turn(stream, PAIRS: gl.constexpr):
     """A chunk's whole turn, (PAIRS,), to fit a product."""
     _, _, _, _, turns, _, _, _, _, _ = stream
-    return turns.index(slot).load(gl.SliceLayout(0, product_layout(PAIRS)))
+    return turns.load(gl.SliceLayout(0, product_layout(PAIRS)))
 
 
 @gluon.jit
-def read_decay(stream, slot, WIDTH: gl.constexpr):
+def read_decay(stream, WIDTH: gl.constexpr):
     """A chunk's whole decay, 64 times, to fit a product."""
     _, _, _, _, _, _, _, decays, _, _ = stream
-    return decays.index(slot).load(gl.SliceLayout(1, product_layout(WIDTH)))
+    return decays.load(gl.SliceLayout(1, product_layout(WIDTH)))
 
 
 @gluon.jit
-def share_chunk(stream, slot, bias, TO_END: gl.constexpr, BIAS: gl.constexpr, DOCUMENTS: gl.constexpr,
-                CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """A chunk's rows plus their bias, turned and times `read_scale`, in shared memory."""
-    k0, k1, k2, fraction = read_rows(stream, slot, RANK, PAIRS, REST)
+def allocate_rows(dtype: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Shared memory for the turned rows of two chunks, in three parts."""
+    q0 = gl.allocate_shared_memory(dtype, [2, 64, PAIRS], operand_layout(64, PAIRS, dtype))
+    q1 = gl.allocate_shared_memory(dtype, [2, 64, PAIRS], operand_layout(64, PAIRS, dtype))
+    q2 = 0.0
+    if REST > 0:
+        q2 = gl.allocate_shared_memory(dtype, [2, 64, REST], operand_layout(64, REST, dtype))
+    return q0, q1, q2
+
+
+@gluon.jit
+def turn_chunk(stream, rows, slot, bias, TO_END: gl.constexpr, BIAS: gl.constexpr, DOCUMENTS: gl.constexpr,
+               CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """What arrived in the stream, plus its bias, turned and scaled, to a slot of `allocate_rows`.
+
+    Returns the chunk's whole turn and its decay, the latter to fit the first two parts and the third.
+    """
+    k0, k1, k2, fraction = read_rows(stream, RANK, PAIRS, REST)
     cos, sin = turn_of(fraction)
-    scale = read_scale(stream, slot, TO_END, DOCUMENTS, row_layout(PAIRS, RANK))
+    scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(PAIRS, RANK))
     rest_scale = None
     if REST > 0:
-        rest_scale = read_scale(stream, slot, TO_END, DOCUMENTS, row_layout(REST, RANK))
+        rest_scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(REST, RANK))
     b0, b1, b2 = bias
-    return share_turned(k0, k1, k2, b0, b1, b2, cos * scale, sin * scale, rest_scale, BIAS, CHUNK, RANK, PAIRS, REST)
+    k0, k1, k2 = turned_rows(k0, k1, k2, b0, b1, b2, cos * scale, sin * scale, rest_scale, BIAS, RANK, PAIRS, REST)
+    q0, q1, q2 = rows
+    put(q0.index(slot), k0, CHUNK, RANK, PAIRS)
+    put(q1.index(slot), k1, CHUNK, RANK, PAIRS)
+    rest_decay = 0.0
+    if REST > 0:
+        put(q2.index(slot), k2, CHUNK, RANK, REST)
+        rest_decay = read_decay(stream, REST)
+    return read_turn(stream, PAIRS), read_decay(stream, PAIRS), rest_decay
 
 
 @gluon.jit
-def decay_state(stream, slot, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """A state times a chunk's whole decay."""
-    s0 *= read_decay(stream, slot, PAIRS)[:, None]
-    s1 *= read_decay(stream, slot, PAIRS)[:, None]
+def start_product(a, rows, slot, s0, s1, s2, decay, rest_decay, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Start a state's decay by a chunk and its sum with aᵀ @ the chunk's rows."""
+    q0, q1, q2 = rows
+    s0 *= decay[:, None]
+    s1 *= decay[:, None]
+    third = 0.0
     if REST > 0:
-        s2 *= read_decay(stream, slot, REST)[:, None]
+        s2 *= rest_decay[:, None]
+        third = q2.index(slot)
+    fence_async_shared()
+    # [P, rows] @ [rows, N] + [P, N] -> [P, N]
+    return dot_onto_state(a.permute((1, 0)), q0.index(slot), q1.index(slot), third, s0, s1, s2, PAIRS, REST)
+
+
+@gluon.jit
+def end_product(a, rows, slot, s0, s1, s2, REST: gl.constexpr):
+    """Wait for `start_product`; what it reads is kept until then."""
+    q0, q1, q2 = rows
+    s0, s1 = warpgroup_mma_wait(0, [s0, s1, a, q0.index(slot), q1.index(slot)])[:2]
+    if REST > 0:
+        s2 = warpgroup_mma_wait(0, [s2, q2.index(slot)])[0]
     return s0, s1, s2
 
 

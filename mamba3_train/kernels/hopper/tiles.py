@@ -40,9 +40,9 @@ def turn_of(fraction):
 
 
 @gluon.jit
-def share_turned(a0, a1, a2, b0, b1, b2, cos, sin, rest_scale, BIAS: gl.constexpr, CHUNK: gl.constexpr,
-                 RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """Rows of B or C plus their bias, turned, the rest times rest_scale where it is given, in shared memory."""
+def turned_rows(a0, a1, a2, b0, b1, b2, cos, sin, rest_scale, BIAS: gl.constexpr, RANK: gl.constexpr,
+                PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """Rows of B or C plus their bias, turned, the rest times rest_scale where it is given."""
     dtype: gl.constexpr = a0.dtype
     pairs: gl.constexpr = row_layout(PAIRS, RANK)
     first = hold(a0, True).to(gl.float32)
@@ -50,27 +50,45 @@ def share_turned(a0, a1, a2, b0, b1, b2, cos, sin, rest_scale, BIAS: gl.constexp
     if BIAS:
         first += read_by_rank(b0, pairs)
         second += read_by_rank(b1, pairs)
-    a0 = share((first * cos - second * sin).to(dtype), CHUNK, RANK, PAIRS)
-    a1 = share((first * sin + second * cos).to(dtype), CHUNK, RANK, PAIRS)
+    a0 = (first * cos - second * sin).to(dtype)
+    a1 = (first * sin + second * cos).to(dtype)
     if REST > 0:
         rest = hold(a2, True)
         if BIAS:
             rest = rest.to(gl.float32) + read_by_rank(b2, row_layout(REST, RANK))
         if rest_scale is not None:
             rest = rest.to(gl.float32) * rest_scale
-        a2 = share(rest.to(dtype), CHUNK, RANK, REST)
+        a2 = rest.to(dtype)
     return a0, a1, a2
 
 
 @gluon.jit
+def share_turned(a0, a1, a2, b0, b1, b2, cos, sin, BIAS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+                 PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """`turned_rows` in shared memory."""
+    a0, a1, a2 = turned_rows(a0, a1, a2, b0, b1, b2, cos, sin, None, BIAS, RANK, PAIRS, REST)
+    a0 = share(a0, CHUNK, RANK, PAIRS)
+    a1 = share(a1, CHUNK, RANK, PAIRS)
+    if REST > 0:
+        a2 = share(a2, CHUNK, RANK, REST)
+    return a0, a1, a2
+
+
+@gluon.jit
+def rows_of_values(raw, mimo_x, RANK: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Tokens x (CHUNK, P) times mimo_x (RANK, P), both in shared memory, as rows."""
+    layout: gl.constexpr = row_layout(HEAD_DIM, RANK)
+    rows = read_by_token(raw, layout).to(gl.float32) * read_by_rank(mimo_x, layout)
+    return rows.to(raw.dtype)
+
+
+@gluon.jit
 def share_values(raw, mimo_x, CHUNK: gl.constexpr, RANK: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Tokens x (CHUNK, P) times mimo_x (RANK, P), both in shared memory, as rows there; x itself without mimo_x."""
+    """`rows_of_values` in shared memory; x itself without mimo_x."""
     if RANK == 1 and mimo_x is None:
         return raw
     else:
-        layout: gl.constexpr = row_layout(HEAD_DIM, RANK)
-        rows = read_by_token(raw, layout).to(gl.float32) * read_by_rank(mimo_x, layout)
-        return share(rows.to(raw.dtype), CHUNK, RANK, HEAD_DIM)
+        return share(rows_of_values(raw, mimo_x, RANK, HEAD_DIM), CHUNK, RANK, HEAD_DIM)
 
 
 @gluon.jit
