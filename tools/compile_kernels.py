@@ -147,7 +147,7 @@ def main(sizes, arch, chunk):
     gears = ("portable", "hopper", "hopper, whole sequences") if arch == 90 else ("portable",)
     for size, gear in itertools.product(sizes, gears):
         scan_sizes.runs_on_hopper = on_hopper if "hopper" in gear else lambda *_: False
-        scan_sizes.WALKS = 1 if "whole" in gear else 1 << 30
+        scan_sizes.FEWEST_WALKS = 1 if "whole" in gear else 1 << 30
         scan_sizes._known.cache_clear()
         inputs = meta_inputs(**SIZES[size])
         _, last, kept = triton_scan.scan_forward(inputs, 1e-5, keep=True, launch=chunk)

@@ -23,7 +23,10 @@ from mamba3_train.kernels.launch import (
 )
 
 WALKS = 256
-"""As many programs at a time walk along whole sequences at least: two for each multiprocessor."""
+"""Programs that walk at a time in the forward, if there are heads enough: two for each multiprocessor."""
+
+FEWEST_WALKS = 128
+"""Where fewer could walk along whole sequences, more walk along spans."""
 
 
 class Given(NamedTuple):
@@ -185,7 +188,12 @@ class Sizes(Given):
     @cached_property
     def walks_whole(self) -> bool:
         """Whether one program walks a head's whole sequence in the forward: where there are enough to fill a GPU."""
-        return self.batch * self.heads >= WALKS
+        return self.batch * self.heads >= FEWEST_WALKS
+
+    @cached_property
+    def walks_back_whole(self) -> bool:
+        """The same for one pass of the backward."""
+        return self.batch * self.heads_here >= FEWEST_WALKS
 
     @cached_property
     def walk_whole(self) -> Launcher:
@@ -196,9 +204,12 @@ class Sizes(Given):
         return Launcher((self.heads_here, self.batch, self.spans), self._walk_options | {"WALK": self.span})
 
     @cached_property
-    def walk_back(self) -> Launcher:
+    def walk_back(self) -> tuple[Launcher, Launcher]:
+        """Along whole sequences and along spans."""
         options = {name: v for name, v in self._walk_options.items() if name not in ("TOKEN_STRIDE", "SPAN")}
-        return Launcher(self.walk_spans.grid, options | {"WALK": self.span, "INNER_PARTS": self.inner_parts})
+        whole = {"WALK": 0, "INNER_PARTS": self.inner_parts}
+        spans = whole | {"WALK": self.span}
+        return Launcher(self.walk_whole.grid, options | whole), Launcher(self.walk_spans.grid, options | spans)
 
     @cached_property
     def _walk_options(self) -> dict:

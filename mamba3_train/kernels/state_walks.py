@@ -1,8 +1,9 @@
 """How chunks' states and their gradients come about on Hopper: by walks along whole sequences or spans of chunks.
 
-A walk is a chain, so many are needed at a time. Where batch and heads are enough, the forward walks whole sequences and
-keeps the state before every span; otherwise all spans are walked at once for what each adds, and `span_passing` hands
-that on. The backward begins at the states of the spans: `states`, (batch, H, spans, P, N) float32, of all heads.
+A walk is a chain, so many are needed at a time. Where batch and heads are enough, whole sequences are walked, and the
+forward keeps the state before every span; otherwise all spans are walked at once for what each adds, and `span_passing`
+hands that on. The backward computes states again from those of the spans: `states`, (batch, H, spans, P, N) float32, of
+all heads.
 """
 
 from torch import Tensor
@@ -50,15 +51,19 @@ def walk_back(
     d_initial: Tensor | None, scale_grads: dict[str, Tensor],
 ) -> Tensor:  # fmt: skip
     """The gradient of the state at each chunk's end, (batch, chunks, …), and by its decay and turn in scale_grads."""
-    d_states, decay, turn = _span_sums(sizes, scales)
     kernel = hopper().gradient_walk.hopper_gradient_walk_kernel
+    walk_whole, walk_spans = sizes.walk_back
     rows = (inputs.C, inputs.C_bias, d_y, inputs.document_ids, scales.log_decay, scales.chunk_decay, scales.phase)
     place = (sizes.seqlen, sizes.chunks, head)
-    sizes.walk_back(kernel, *rows, *[None] * 6, d_states, decay, turn, *place)
-    _pass_spans(sizes, d_states, d_last, decay, turn, None, head, backward=True)
     d_at_end = sizes.state_slots(sizes.chunks)
-    by_chunk = (scale_grads["state_inner"], scale_grads["d_chunk_turn"])
-    sizes.walk_back(kernel, *rows, before, d_states, d_at_end, d_initial, *by_chunk, *[None] * 3, *place)
+    found = (d_at_end, d_initial, scale_grads["state_inner"], scale_grads["d_chunk_turn"])
+    if sizes.walks_back_whole:
+        walk_whole(kernel, *rows, before, d_last, *found, *[None] * 3, *place)
+        return d_at_end
+    d_states, decay, turn = _span_sums(sizes, scales)
+    walk_spans(kernel, *rows, *[None] * 6, d_states, decay, turn, *place)
+    _pass_spans(sizes, d_states, d_last, decay, turn, None, head, backward=True)
+    walk_spans(kernel, *rows, before, d_states, *found, *[None] * 3, *place)
     return d_at_end
 
 

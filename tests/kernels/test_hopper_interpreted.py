@@ -48,7 +48,7 @@ CASES = {
 def test_whole_scan_and_all_gradients(case, monkeypatch):
     """In spans of one chunk; where documents and states make it hardest, the forward walks whole sequences."""
     monkeypatch.setattr(launch_table, "chunks_of_span", lambda rank: 1)
-    monkeypatch.setattr(sizes, "WALKS", 1 if "states" in case else 1000)
+    monkeypatch.setattr(sizes, "FEWEST_WALKS", 1 if "states" in case else 1000)
     shape, options = CASES[case]
     inputs, options = inputs_of(**shape), dict(options)
     if options.pop("ids", False):

@@ -29,7 +29,7 @@ def test_kernels_compile_for_hopper(size, walks):
     assert len(set(kernels)) == 16
     assert sum(kernel.startswith("hopper_") for kernel in set(kernels)) == 5
     assert kernels.count("hopper_state_walk_kernel") == walks
-    assert kernels.count("hopper_gradient_walk_kernel") == 2
+    assert kernels.count("hopper_gradient_walk_kernel") == 3
 
 
 def test_finds_a_wrong_descriptor():

@@ -87,7 +87,7 @@ def hopper_gradient_walk_kernel(
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WALK: gl.constexpr,
     INNER_PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Programs: heads of the pass, batch, and walks of WALK chunks, each from its end to its start.
+    """Programs: heads of the pass, batch, and walks of WALK chunks (0: of all), each from its end to its start.
 
     d_y: (batch, HEADS_HERE, rows, P). before, d_at_end, d_initial, inner, d_turn: as in
     `state_passing_backward_kernel`, the last two in INNER_PARTS parts, one a warp. starts: (batch, HEADS_HERE, walks,
@@ -111,7 +111,9 @@ def hopper_gradient_walk_kernel(
     scalars = of_head * chunks * CHUNK
     queries = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
     first = gl.program_id(2) * WALK
-    end = gl.minimum(first + WALK, chunks)
+    end = chunks
+    if WALK > 0:
+        end = gl.minimum(first + WALK, chunks)
     C += queries
     log_decay += scalars
     phase += scalars * PAIRS
@@ -127,7 +129,7 @@ def hopper_gradient_walk_kernel(
     if starts is None:
         s0, s1, s2 = zero_state(HEAD_DIM, PAIRS, REST)
     else:
-        s0, s1, s2 = load_state(starts + of_walk * SIZE, PAIRS, REST)
+        s0, s1, s2 = load_state(starts + (of_walk if WALK > 0 else of_head) * SIZE, PAIRS, REST)
 
     chunk = end - 1
     copy_queries(stream, C, phase, log_decay, chunk_decay, document_ids, chunk, seqlen,
