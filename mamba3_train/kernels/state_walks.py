@@ -47,24 +47,23 @@ def walk_spans(sizes: Sizes, inputs: Inputs, scales, head: int, states: Tensor) 
 
 
 def walk_back(
-    sizes: Sizes, inputs: Inputs, scales, head: int, d_y: Tensor, before: Tensor, d_last: Tensor | None,
+    sizes: Sizes, inputs: Inputs, scales, head: int, d_y: Tensor, states: Tensor, d_last: Tensor | None,
     d_initial: Tensor | None, scale_grads: dict[str, Tensor],
-) -> Tensor:  # fmt: skip
-    """The gradient of the state at each chunk's end, (batch, chunks, …), and by its decay and turn in scale_grads."""
+) -> None:  # fmt: skip
+    """Replace every state but the first, (batch, chunks + 1, …), by its gradient; those by decay and turn are in
+    scale_grads."""
     kernel = hopper().gradient_walk.hopper_gradient_walk_kernel
     walk_whole, walk_spans = sizes.walk_back
     rows = (inputs.C, inputs.C_bias, d_y, inputs.document_ids, scales.log_decay, scales.chunk_decay, scales.phase)
     place = (sizes.seqlen, sizes.chunks, head)
-    d_at_end = sizes.state_slots(sizes.chunks)
-    found = (d_at_end, d_initial, scale_grads["state_inner"], scale_grads["d_chunk_turn"])
+    found = (d_initial, scale_grads["state_inner"], scale_grads["d_chunk_turn"])
     if sizes.walks_back_whole:
-        walk_whole(kernel, *rows, before, d_last, *found, *[None] * 3, *place)
-        return d_at_end
+        walk_whole(kernel, *rows, states, d_last, *found, *[None] * 3, *place)
+        return
     d_states, decay, turn = _span_sums(sizes, scales)
-    walk_spans(kernel, *rows, *[None] * 6, d_states, decay, turn, *place)
+    walk_spans(kernel, *rows, *[None] * 5, d_states, decay, turn, *place)
     _pass_spans(sizes, d_states, d_last, decay, turn, None, head, backward=True)
-    walk_spans(kernel, *rows, before, d_states, *found, *[None] * 3, *place)
-    return d_at_end
+    walk_spans(kernel, *rows, states, d_states, *found, *[None] * 3, *place)
 
 
 def _walk(

@@ -180,7 +180,8 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     del d_queries, query_grads
     if sizes.on_hopper:
         ends = d_last, grads["initial"]
-        d_at_end = state_walks.walk_back(sizes, inputs, scales, head, d_y, before, *ends, scale_grads)
+        state_walks.walk_back(sizes, inputs, scales, head, d_y, before, *ends, scale_grads)
+        d_at_end = before  # in the same place
     else:
         d_at_end = sizes.state_slots(sizes.chunks)
         d_initial = last if grads["initial"] is None else grads["initial"]

@@ -285,6 +285,7 @@ def unary(function):
 
 ASSEMBLER = {
     "mov.b32": lambda tile: tile,
+    "cvt.rn.bf16x2.f32": unary(lambda numbers: numbers.bfloat16().float()),
     "ex2.approx.ftz.f32": unary(torch.exp2),
     "rcp.approx.ftz.f32": unary(torch.reciprocal),
     "cos.approx.ftz.f32": unary(torch.cos),
@@ -297,9 +298,18 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
         count = args[1] * 8 // args[0].dtype.element_ty.primitive_bitwidth if len(args) > 1 else 1
         (args[0] + (count - 1)).places(None), args[0].places(None)
         return None
+    if "shfl.sync.bfly" in asm:
+        return exchanged(*args)
     result = ASSEMBLER[asm.split()[0]](args[0])
     assert result.dtype == dtype, f"{asm} of {result.dtype} as {dtype}"
     return result
+
+
+def exchanged(first, second, bit):
+    """What threads that hold ranks a bit apart keep of sums of two: see `exchange` in `kernels/hopper/memory.py`."""
+    partner = torch.arange(first.shape[1]) ^ int(bit.data.max())
+    halves = [(tile.data + tile.data[:, partner]) for tile in (first, second)]
+    return Tensor(torch.where(bit.data > 0, halves[1], halves[0]))
 
 
 def where(condition, one, other):
@@ -364,13 +374,16 @@ def namespace(**members):
 
 
 language = namespace(
-    constexpr=tl.constexpr, tensor=Tensor, float32=tl.float32, int64=tl.int64, int32=tl.int32, int16=tl.int16,
+    constexpr=tl.constexpr, tensor=Tensor, float32=tl.float32, bfloat16=tl.bfloat16,
+    int64=tl.int64, int32=tl.int32, int16=tl.int16,
     program_id=lambda axis: Tensor(torch.tensor(program.place[axis], dtype=torch.int32)),
     num_programs=lambda axis: Tensor(torch.tensor(program.grid[axis], dtype=torch.int32)),
     arange=lambda start, end, layout: Tensor(torch.arange(start, end, dtype=torch.int32)),
     zeros=lambda shape, dtype, layout: Tensor(torch.zeros(shape, dtype=TORCH_DTYPES[dtype])),
     load=load, store=store, where=where, sum=total, inline_asm_elementwise=inline_asm_elementwise,
     reshape=lambda tile, shape: Tensor(tile.data.reshape(shape)),
+    permute=lambda tile, order: Tensor(tile.data.permute(order)),
+    split=lambda tile: (Tensor(tile.data[..., 0]), Tensor(tile.data[..., 1])),
     convert_layout=lambda tile, layout, assert_trivial=False: tile,
     minimum=binary(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
     maximum=binary(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b))),

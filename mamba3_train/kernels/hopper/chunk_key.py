@@ -9,7 +9,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mamba3_train.kernels.hopper.layouts import accumulator_layout, left_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.layouts import (
+    accumulator_layout,
+    left_layout,
+    neighbour_layout,
+    product_layout,
+    row_layout,
+)
 from mamba3_train.kernels.hopper.memory import (
     by_token,
     copy_bias,
@@ -23,7 +29,6 @@ from mamba3_train.kernels.hopper.memory import (
     read_by_rank,
     read_by_token,
     share,
-    store_parts,
     store_ranks,
     store_tokens,
 )
@@ -60,7 +65,7 @@ def hopper_chunk_keys_backward_kernel(
     dtype: gl.constexpr = x.dtype.element_ty
     pairs: gl.constexpr = row_layout(PAIRS, RANK)
     valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
-    turned: gl.constexpr = accumulator_layout(PAIRS, RANK)
+    turned: gl.constexpr = neighbour_layout(PAIRS, RANK)
     square: gl.constexpr = product_layout(64)
     chunk, here, batch, head, start, left, scalars, keys = place_of_program(
         seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK
@@ -70,6 +75,7 @@ def hopper_chunk_keys_backward_kernel(
     ids = None if document_ids is None else document_ids + start
     log_decay += scalars
     key_log += scalars
+    d_states += HEADS_HERE * HEAD_DIM * D_STATE
 
     # Everything is on its way before the first of it is waited for.
     k0, k1, k2 = load_parts(B + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)
@@ -81,7 +87,7 @@ def hopper_chunk_keys_backward_kernel(
     if mimo_x is not None:
         weight_x = copy_weights(mimo_x + head * (RANK * HEAD_DIM), HEAD_DIM, RANK, HEAD_DIM, False)
     async_copy.commit_group()
-    state = d_states + ((batch * chunks + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
+    state = d_states + ((batch * (chunks + 1) + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
     s0, s1, s2 = copy_state(state, HEAD_DIM, PAIRS, REST)
     by_y = copy_tile(d_y + rows * HEAD_DIM, None, 64, HEAD_DIM, HEAD_DIM)
     async_copy.commit_group()
@@ -92,7 +98,7 @@ def hopper_chunk_keys_backward_kernel(
     to_end = decay_to_end(log_decay, key_log, ids, left, CHUNK, valued)
     skip = None if D is None else gl.load(D + head).to(gl.float32)
     fetch_chunk_ahead(
-        d_states, d_y, phase, x, None, seqlen, chunks, head_start, chunks,
+        d_states, d_y, phase, x, None, seqlen, chunks, head_start,
         HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
     )  # fmt: skip
     async_copy.wait_group(1)
@@ -153,5 +159,5 @@ def hopper_chunk_keys_backward_kernel(
     d0, d1 = warpgroup_mma_wait(0, [d0, d1, q0, q1])[:2]
     if REST > 0:
         d2 = warpgroup_mma_wait(0, [d2, q2])[0]
-    rotation_gradients(k0, k1, k2, d0, d1, d2, fraction, by_queries, to, inner + scalars, CHUNK, RANK, PAIRS, REST)
-    store_parts(d_keys + rows * D_STATE, k0, k1, k2, PAIRS, REST)
+    rotation_gradients(k0, k1, k2, d0, d1, d2, fraction, by_queries, d_keys + rows * D_STATE, to, inner + scalars,
+                       CHUNK, RANK, PAIRS, REST)  # fmt: skip

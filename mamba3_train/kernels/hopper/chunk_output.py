@@ -100,7 +100,7 @@ def chunk_outputs(
     from_start = decay_from_start(log_decay + scalars, ids, chunk, left, CHUNK, valued)
     skip = None if D is None else gl.load(D + head).to(gl.float32)
     fetch_chunk_ahead(
-        states, None, phase, x, z, seqlen, chunks, head_start, chunks + 1,
+        states, None, phase, x, z, seqlen, chunks, head_start,
         HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
     )  # fmt: skip
     async_copy.wait_group(1)

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mamba3_train.kernels.hopper.chunk_output import chunk_outputs
 from mamba3_train.kernels.hopper.gate import gate_rows_backward
-from mamba3_train.kernels.hopper.layouts import accumulator_layout, product_layout
+from mamba3_train.kernels.hopper.layouts import accumulator_layout, neighbour_layout, product_layout
 from mamba3_train.kernels.hopper.memory import (
     by_row,
     load_by_token,
@@ -22,7 +22,6 @@ from mamba3_train.kernels.hopper.memory import (
     read_by_rank,
     read_by_token,
     share,
-    store_parts,
     store_ranks,
     store_rows,
     store_tokens,
@@ -53,7 +52,7 @@ def hopper_chunk_queries_backward_kernel(
     PARTS: gl.constexpr = 3 if REST > 0 else 2
     dtype: gl.constexpr = x.dtype.element_ty
     valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
-    turned: gl.constexpr = accumulator_layout(PAIRS, RANK)
+    turned: gl.constexpr = neighbour_layout(PAIRS, RANK)
     chunk, here, batch, head, start, left, scalars, keys = place_of_program(
         seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK
     )
@@ -116,6 +115,5 @@ def hopper_chunk_queries_backward_kernel(
     d0, d1 = warpgroup_mma_wait(0, [d0, d1, k0, k1])[:2]
     if REST > 0:
         d2 = warpgroup_mma_wait(0, [d2, k2])[0]
-    rotation_gradients(q0, q1, q2, d0, d1, d2, fraction, None, d_phase + rows // RANK * PAIRS, inner + scalars,
-                       CHUNK, RANK, PAIRS, REST)  # fmt: skip
-    store_parts(d_queries + rows * D_STATE, q0, q1, q2, PAIRS, REST)
+    rotation_gradients(q0, q1, q2, d0, d1, d2, fraction, None, d_queries + rows * D_STATE,
+                       d_phase + rows // RANK * PAIRS, inner + scalars, CHUNK, RANK, PAIRS, REST)  # fmt: skip

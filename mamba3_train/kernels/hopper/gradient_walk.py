@@ -8,13 +8,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-from mamba3_train.kernels.hopper.layouts import operand_layout, product_layout
-from mamba3_train.kernels.hopper.memory import copy_bias, copy_tile_to, fetch_ahead, store_parts
+from mamba3_train.kernels.hopper.layouts import operand_layout
+from mamba3_train.kernels.hopper.memory import copy_bias, copy_tile_to, fetch_ahead
 from mamba3_train.kernels.hopper.states import (
     copy_state_to,
-    keep_state,
     load_state,
+    read_mixed,
     state_tiles,
+    store_mixed,
     store_state,
     zero_state,
 )
@@ -28,7 +29,7 @@ from mamba3_train.kernels.hopper.stream import (
     store_whole,
     turn_chunk,
 )
-from mamba3_train.kernels.hopper.tiles import cosine_sine
+from mamba3_train.kernels.hopper.tiles import cosine_sine, rounded
 
 
 @gluon.jit
@@ -61,19 +62,19 @@ def store_inner(inner, d_turn, s0, s1, s2, a0, a1, a2, cos, sin, PAIRS: gl.const
     must cancel. a: that state, in shared memory and in the next chunk's frame.
     """
     ROWS: gl.constexpr = 64 // INNER_PARTS
-    after0 = a0.load(product_layout(PAIRS)).to(gl.float32)
-    after1 = a1.load(product_layout(PAIRS)).to(gl.float32)
+    after0 = read_mixed(a0, PAIRS)
+    after1 = read_mixed(a1, PAIRS)
     first = after0 * cos[None, :] - after1 * sin[None, :]
     after1 = after1 * cos[None, :] + after0 * sin[None, :]
-    s0 = s0.to(a0.dtype).to(gl.float32)
-    s1 = s1.to(a1.dtype).to(gl.float32)
+    s0 = rounded(s0, a0.dtype)
+    s1 = rounded(s1, a0.dtype)
     by_turn = gl.sum(gl.reshape(s0 * after1 - s1 * first, [INNER_PARTS, ROWS, PAIRS]), axis=1)
     part = gl.arange(0, INNER_PARTS, gl.SliceLayout(1, by_turn.type.layout))[:, None]
     pair = gl.arange(0, PAIRS, gl.SliceLayout(0, by_turn.type.layout))[None, :]
     gl.store(d_turn + part * PAIRS + pair, by_turn)
     by_row = gl.sum(s0 * first + s1 * after1, axis=1)
     if REST > 0:
-        rest = gl.sum(s2.to(a2.dtype).to(gl.float32) * a2.load(product_layout(REST)).to(gl.float32), axis=1)
+        rest = gl.sum(rounded(s2, a2.dtype) * read_mixed(a2, REST), axis=1)
         by_row += gl.convert_layout(rest, by_row.type.layout, assert_trivial=True)
     by_decay = gl.sum(gl.reshape(by_row, [INNER_PARTS, ROWS]), axis=1)
     gl.store(inner + gl.arange(0, INNER_PARTS, by_decay.type.layout), by_decay)
@@ -81,24 +82,25 @@ def store_inner(inner, d_turn, s0, s1, s2, a0, a1, a2, cos, sin, PAIRS: gl.const
 
 @gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
 def hopper_gradient_walk_kernel(
-    C, C_bias, d_y, document_ids, log_decay, chunk_decay, phase, before, starts, d_at_end, d_initial, inner, d_turn,
-    sums, span_decay, span_turn, seqlen, chunks, head_start,
+    C, C_bias, d_y, document_ids, log_decay, chunk_decay, phase, states, starts, d_initial, inner, d_turn, sums,
+     span_decay, span_turn, seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WALK: gl.constexpr,
     INNER_PARTS: gl.constexpr,
 ):  # fmt: skip
     """Programs: heads of the pass, batch, and walks of WALK chunks (0: of all), each from its end to its start.
 
-    d_y: (batch, HEADS_HERE, rows, P). before, d_at_end, d_initial, inner, d_turn: as in
+    d_y: (batch, HEADS_HERE, rows, P). states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk and after the
+    last; that after a chunk is overwritten by its gradient. d_initial, inner, d_turn: as in
     `state_passing_backward_kernel`, the last two in INNER_PARTS parts, one a warp. starts: (batch, HEADS_HERE, walks,
-    P, N) float32, the gradient of the state after each walk. Without `before` only sums are wanted, from zero: the
+    P, N) float32, the gradient of the state after each walk. Without `states` only sums are wanted, from zero: the
     gradient of the state before each walk, like starts, with span_decay and span_turn as in `hopper_state_walk_kernel`.
     """
     STRIDE: gl.constexpr = GROUPS * D_STATE
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     SIZE: gl.constexpr = HEAD_DIM * D_STATE
     FETCH: gl.constexpr = 4
-    WHOLE: gl.constexpr = before is not None
+    WHOLE: gl.constexpr = states is not None
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = d_y.dtype.element_ty
     here = gl.program_id(0)
@@ -140,15 +142,12 @@ def hopper_gradient_walk_kernel(
     turn, decay, rest_decay = turn_chunk(stream, rows, chunk % 2, bias, False, C_bias is not None, DOCUMENTS,
                                          CHUNK, RANK, PAIRS, REST)  # fmt: skip
     if WHOLE:
-        # The state in slot i + 1 is the one after chunk i.
         SLOT: gl.constexpr = HEADS_HERE * SIZE
-        before += (batch * (chunks + 1) * HEADS_HERE + here) * SIZE
-        d_at_end += (batch * chunks * HEADS_HERE + here) * SIZE
+        states += ((batch * (chunks + 1) + 1) * HEADS_HERE + here) * SIZE  # after each chunk
         inner += of_head * chunks * INNER_PARTS
         d_turn += of_head * chunks * (INNER_PARTS * PAIRS)
-        t0, t1, t2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
         a0, a1, a2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
-        copy_state_to(a0, a1, a2, before + end.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
+        copy_state_to(a0, a1, a2, states + chunk.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
         async_copy.commit_group()
     following = gl.maximum(chunk - 1, first)
     copy_queries(stream, C, phase, log_decay, chunk_decay, document_ids, following, seqlen,
@@ -172,15 +171,14 @@ def hopper_gradient_walk_kernel(
             async_copy.wait_group(1)  # the state, not yet the next chunk
             store_inner(inner + chunk * INNER_PARTS, d_turn + chunk * (INNER_PARTS * PAIRS), s0, s1, s2, a0, a1, a2,
                         cos, sin, PAIRS, REST, INNER_PARTS)  # fmt: skip
-            keep_state(s0, s1, s2, t0, t1, t2, REST)
+            store_mixed(states + chunk.to(gl.int64) * SLOT, s0, s1, s2, PAIRS, REST)
         of_y = y.index(slot)
         s0, s1, s2 = start_product(of_y, rows, slot, s0, s1, s2, decay, rest_decay, PAIRS, REST)
         # Meanwhile the next chunk's rows; behind the walk's first chunk they are that one's once more.
         if WHOLE:
-            after = gl.maximum(chunk - 1, first) + 1
-            copy_state_to(a0, a1, a2, before + after.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
+            next = gl.maximum(chunk - 1, first)
+            copy_state_to(a0, a1, a2, states + next.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
             async_copy.commit_group()
-            store_parts(d_at_end + chunk.to(gl.int64) * SLOT, t0, t1, t2, PAIRS, REST)
             async_copy.wait_group(1)  # the next chunk, not yet the state
         else:
             async_copy.wait_group(0)
@@ -193,7 +191,7 @@ def hopper_gradient_walk_kernel(
         fetch_ahead(phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2)
         fetch_ahead(d_y + soon.to(gl.int64) * (64 * HEAD_DIM), 64 * HEAD_DIM * 2)
         if WHOLE:
-            fetch_ahead(before + (soon + 1).to(gl.int64) * SLOT, SIZE * 2)
+            fetch_ahead(states + soon.to(gl.int64) * SLOT, SIZE * 2)
         s0, s1, s2 = end_product(of_y, rows, slot, s0, s1, s2, REST)
         copy_y(y.index(slot), d_y, following, HEAD_DIM)
         async_copy.commit_group()

@@ -56,6 +56,33 @@ def accumulator_layout(width, rank):
 
 
 @gluon.constexpr_function
+def neighbour_layout(width, rank=None):
+    """For (64, width), or (CHUNK, RANK, width), a product with columns as `memory.mixed` orders them.
+
+    Eight neighbours a thread, 16 bytes at 16 bit; below 32 columns two, as in a product.
+    """
+    shape = [64, width] if rank is None else [64 // rank, rank, width]
+
+    def row(bit):
+        if rank is None:
+            return [bit, 0]
+        return [bit // rank, 0, 0] if bit >= rank else [0, bit, 0]
+
+    def column(bit):
+        return [0] * (len(shape) - 1) + [bit]
+
+    in_thread, between = ((2, 4), 8) if width >= 32 else ((), 2)
+    others = [bit for bit in (8, 16, 32, 64) if bit < width and bit not in (between, 2 * between)]
+    return gl.DistributedLinearLayout(
+        [column(1), *map(column, in_thread), row(8), *map(column, others)],
+        [column(between), column(2 * between), row(1), row(2), row(4)],
+        [row(16), row(32)],
+        [],
+        shape,
+    )
+
+
+@gluon.constexpr_function
 def pair_layout(rank):
     """`product_layout(64)` of two chunks' rows seen as (CHUNK, RANK, CHUNK, RANK)."""
 

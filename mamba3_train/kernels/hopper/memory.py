@@ -16,6 +16,7 @@ from mamba3_train.kernels import tiles
 from mamba3_train.kernels.hopper.layouts import (
     accumulator_layout,
     copy_layout,
+    neighbour_layout,
     operand_layout,
     product_layout,
     row_layout,
@@ -140,7 +141,7 @@ def copy_bias(bias, head, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.cons
 
 
 @gluon.jit
-def fetch_chunk_ahead(state, rows, phase, x, z, seqlen, chunks, head_start, SLOTS, HEADS: gl.constexpr,
+def fetch_chunk_ahead(state, rows, phase, x, z, seqlen, chunks, head_start, HEADS: gl.constexpr,
                       HEADS_HERE: gl.constexpr, HEAD_DIM: gl.constexpr, D_STATE: gl.constexpr, PAIRS: gl.constexpr,
                       RANK: gl.constexpr, CHUNK: gl.constexpr, TOKEN_STRIDE: gl.constexpr,
                       AHEAD: gl.constexpr):  # fmt: skip
@@ -153,7 +154,7 @@ def fetch_chunk_ahead(state, rows, phase, x, z, seqlen, chunks, head_start, SLOT
     head = head_start + here
     if state is not None:
         size: gl.constexpr = HEAD_DIM * D_STATE
-        fetch_ahead(state + ((batch * SLOTS + chunk) * HEADS_HERE + here) * size, size * 2)
+        fetch_ahead(state + ((batch * (chunks + 1) + chunk) * HEADS_HERE + here) * size, size * 2)
     if rows is not None:
         of_rows: gl.constexpr = CHUNK * RANK * HEAD_DIM
         fetch_ahead(rows + ((batch * HEADS_HERE + here) * chunks + chunk) * of_rows, of_rows * 2)
@@ -186,6 +187,34 @@ def by_row(tile, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
     """The way back from `by_token`."""
     rows = gl.reshape(tile, [CHUNK * RANK, WIDTH])
     return gl.convert_layout(rows, product_layout(WIDTH), assert_trivial=True)
+
+
+@gluon.jit
+def mixed(rows, WIDTH: gl.constexpr):
+    """(64, WIDTH) with columns 2i + 8j + e and 8i + 2j + e of every 32 exchanged (i, j < 4; e < 2).
+
+    A product leaves each thread columns 2i + 8j + e of one i, whatever the order of its right operand's columns means.
+    In this one they stand for neighbours, which go to memory in 16 bytes.
+    """
+    if WIDTH < 32:
+        return rows
+    else:
+        tile = gl.permute(gl.reshape(rows, [64, WIDTH // 32, 4, 4, 2]), (0, 1, 3, 2, 4))
+        return gl.reshape(tile, [64, WIDTH])
+
+
+@gluon.jit
+def neighbours(product, WIDTH: gl.constexpr):
+    """A product's columns `mixed`: no number leaves its thread."""
+    return gl.convert_layout(mixed(product, WIDTH), neighbour_layout(WIDTH), assert_trivial=True)
+
+
+@gluon.jit
+def store_neighbours(target, tile, STRIDE: gl.constexpr, WIDTH: gl.constexpr):
+    """`neighbours` to memory, rounded to what is there, rows STRIDE apart."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, neighbour_layout(WIDTH)))[:, None]
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, neighbour_layout(WIDTH)))[None, :]
+    gl.store(target + row * STRIDE + column, tile.to(target.dtype.element_ty))
 
 
 # From and to shared memory
@@ -227,16 +256,6 @@ def store_rows(target, tile, rows, STRIDE: gl.constexpr, ROWS: gl.constexpr, WID
 
 
 @gluon.jit
-def store_parts(target, a0, a1, a2, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """Three parts in shared memory to 64 contiguous rows of memory."""
-    D_STATE: gl.constexpr = 2 * PAIRS + REST
-    store_rows(target, a0, 64, D_STATE, 64, PAIRS)
-    store_rows(target + PAIRS, a1, 64, D_STATE, 64, PAIRS)
-    if REST > 0:
-        store_rows(target + 2 * PAIRS, a2, 64, D_STATE, 64, REST)
-
-
-@gluon.jit
 def store_by_token(target, tile, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, WIDTH: gl.constexpr):
     """(CHUNK, WIDTH), a slice of a product, to the first `left` tokens of memory, STRIDE apart."""
     token = gl.arange(0, CHUNK, gl.SliceLayout(1, tile.type.layout))[:, None]
@@ -249,10 +268,50 @@ def store_tokens(target, tile, scratch, left, STRIDE: gl.constexpr, CHUNK: gl.co
                  WIDTH: gl.constexpr):  # fmt: skip
     """(CHUNK, RANK, WIDTH), summed over ranks, to the first `left` tokens of memory, by way of (64, WIDTH) scratch."""
     if RANK > 1:
-        store_by_token(target, gl.sum(tile, axis=1), left, STRIDE, CHUNK, WIDTH)
+        store_sums_of_ranks(target, tile, left, STRIDE, CHUNK, RANK, WIDTH)
     else:
         scratch.store(by_row(tile, CHUNK, RANK, WIDTH).to(scratch.dtype))
         store_rows(target, scratch, left, STRIDE, CHUNK, WIDTH)
+
+
+@gluon.jit
+def store_sums_of_ranks(target, tile, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+                        WIDTH: gl.constexpr):  # fmt: skip
+    """`store_tokens` of 2, 4 or 8 ranks: each thread ends with its share of the columns instead of all of them."""
+    tile = fold_ranks(tile, 1, CHUNK, RANK, WIDTH)
+    if RANK > 2:
+        tile = fold_ranks(tile, 2, CHUNK, RANK, WIDTH // 2)
+    if RANK > 4:
+        tile = fold_ranks(tile, 4, CHUNK, RANK, WIDTH // 4)
+    layout: gl.constexpr = tile.type.layout
+    token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    rank = gl.arange(0, RANK, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    column = gl.arange(0, WIDTH // RANK, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    column += (rank & 1) * (WIDTH // 2) + (rank & 2) * (WIDTH // 8) + (rank & 4) * (WIDTH // 32)
+    gl.store(target + token * STRIDE + column, tile.to(target.dtype.element_ty), mask=token < left)
+
+
+@gluon.jit
+def fold_ranks(tile, BIT: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """Sum (CHUNK, RANK, WIDTH) over pairs of ranks that differ in a bit: the first half of the columns stays with the
+    one, the second with the other, (CHUNK, RANK, WIDTH / 2).
+
+    A whole sum of four ranks passes two numbers a number between threads, this three quarters of one.
+    """
+    halves = gl.permute(gl.reshape(tile, [CHUNK, RANK, 2, WIDTH // 2]), (0, 1, 3, 2))
+    first, second = gl.split(halves)
+    rank = gl.arange(0, RANK, gl.SliceLayout(0, gl.SliceLayout(2, first.type.layout)))[None, :, None]
+    return gl.inline_asm_elementwise(exchange(BIT), "=f,f,f,r", [first, second, rank & BIT], gl.float32, False, 1)
+
+
+@gluon.constexpr_function
+def exchange(bit):
+    """Assembler: the first number of this thread and of the one whose rank differs in a bit, or their second."""
+    return (
+        "{ .reg .pred second; .reg .b32 sent, kept; setp.ne.b32 second, $3, 0; selp.b32 sent, $1, $2, second; "
+        "selp.b32 kept, $2, $1, second; "
+        f"shfl.sync.bfly.b32 sent, sent, {4 * bit}, 31, -1; add.f32 $0, kept, sent; }}"
+    )
 
 
 @gluon.jit

@@ -19,9 +19,8 @@ from mamba3_train.kernels.hopper.memory import (
     fetch_ahead,
     fetch_line,
     put,
-    store_parts,
 )
-from mamba3_train.kernels.hopper.states import keep_state, load_state, state_tiles, store_state, zero_state
+from mamba3_train.kernels.hopper.states import load_state, store_mixed, store_state, zero_state
 from mamba3_train.kernels.hopper.stream import (
     allocate_rows,
     allocate_stream,
@@ -129,8 +128,6 @@ def hopper_state_walk_kernel(
     values = tokens
     if mimo_x is not None:
         values = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], operand_layout(64, HEAD_DIM, dtype))
-    if before is not None:
-        t0, t1, t2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
     if starts is None:
         s0, s1, s2 = zero_state(HEAD_DIM, PAIRS, REST)
     else:
@@ -153,21 +150,19 @@ def hopper_state_walk_kernel(
     async_copy.commit_group()
     if kept is not None:
         keep_start(kept, first, s0, s1, s2, SPAN, PAIRS, REST)
-    if before is not None:
-        keep_state(s0, s1, s2, t0, t1, t2, REST)
 
     whole_decay, whole_turn = nothing_whole(phase, PAIRS)
     for chunk in range(first, end):
         slot = chunk % 2
         of_value = values.index(slot)
+        if before is not None:
+            store_mixed(before, s0, s1, s2, PAIRS, REST)
+            before += HEADS_HERE * SIZE
         s0, s1, s2 = start_product(of_value, rows, slot, s0, s1, s2, decay, rest_decay, PAIRS, REST)
         cos, sin = cosine_sine(turn, True)
         if sums is not None:
             whole_decay *= decay
             whole_turn += turn
-        if before is not None:
-            store_parts(before, t0, t1, t2, PAIRS, REST)
-            before += HEADS_HERE * SIZE
         # Meanwhile the next chunk's rows; behind the last chunk they are the last one's once more.
         async_copy.wait_group(0)
         turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, True, B_bias is not None, DOCUMENTS,
@@ -191,12 +186,10 @@ def hopper_state_walk_kernel(
         if kept is not None:  # noqa: SIM102 (the compiler decides the one, the program the other)
             if chunk + 1 < end:
                 keep_start(kept, chunk + 1, s0, s1, s2, SPAN, PAIRS, REST)
-        if before is not None:
-            keep_state(s0, s1, s2, t0, t1, t2, REST)
     async_copy.wait_group(0)
     if before is not None:  # noqa: SIM102
         if end == chunks:
-            store_parts(before, t0, t1, t2, PAIRS, REST)
+            store_mixed(before, s0, s1, s2, PAIRS, REST)
     if last is not None:  # noqa: SIM102
         if end == chunks:
             store_state(last + of_head * SIZE, s0, s1, s2, PAIRS, REST)

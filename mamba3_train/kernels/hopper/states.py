@@ -3,8 +3,8 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mamba3_train.kernels.hopper.layouts import operand_layout, product_layout
-from mamba3_train.kernels.hopper.memory import copy_tile_to
+from mamba3_train.kernels.hopper.layouts import neighbour_layout, operand_layout, product_layout
+from mamba3_train.kernels.hopper.memory import copy_tile_to, mixed, neighbours, store_neighbours
 
 
 @gluon.jit
@@ -59,12 +59,20 @@ def state_tiles(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr
 
 
 @gluon.jit
-def keep_state(s0, s1, s2, t0, t1, t2, REST: gl.constexpr):
-    """A state in registers to shared memory, rounded."""
-    t0.store(s0.to(t0.dtype))
-    t1.store(s1.to(t1.dtype))
+def store_mixed(state, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """A state (P, N) to memory, rounded to what is there, each part's columns `mixed`."""
+    D_STATE: gl.constexpr = 2 * PAIRS + REST
+    store_neighbours(state, neighbours(s0, PAIRS), D_STATE, PAIRS)
+    store_neighbours(state + PAIRS, neighbours(s1, PAIRS), D_STATE, PAIRS)
     if REST > 0:
-        t2.store(s2.to(t2.dtype))
+        store_neighbours(state + 2 * PAIRS, neighbours(s2, REST), D_STATE, REST)
+
+
+@gluon.jit
+def read_mixed(tile, WIDTH: gl.constexpr):
+    """A part of such a state in shared memory as a product, in float32."""
+    rows = mixed(tile.load(neighbour_layout(WIDTH)), WIDTH)
+    return gl.convert_layout(rows, product_layout(WIDTH), assert_trivial=True).to(gl.float32)
 
 
 @gluon.jit

@@ -11,6 +11,7 @@ from mamba3_train.kernels import tiles
 from mamba3_train.kernels.hopper.layouts import (
     accumulator_layout,
     left_layout,
+    neighbour_layout,
     pair_layout,
     product_layout,
     row_layout,
@@ -18,10 +19,12 @@ from mamba3_train.kernels.hopper.layouts import (
 from mamba3_train.kernels.hopper.memory import (
     by_row,
     by_token,
+    mixed,
     read_by_rank,
     read_by_token,
     share,
     store_by_token,
+    store_neighbours,
 )
 
 exp2 = gluon.jit(tiles.exp2.fn)
@@ -30,6 +33,21 @@ hold = gluon.jit(tiles.hold.fn)
 
 
 # In registers
+
+
+@gluon.jit
+def rounded(tile, dtype: gl.constexpr):
+    """A float32 tile as `dtype` holds it, in float32.
+
+    To bfloat16 by two numbers at a time: one by one they are converted where sines are made, eight times slower.
+    """
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $3, $2; and.b32 $1, $0, 0xffff0000; shl.b32 $0, $0, 16;",
+            "=r,=r,r,r", [tile], gl.float32, True, 2,
+        )  # fmt: skip
+    else:
+        return tile.to(dtype).to(gl.float32)
 
 
 @gluon.jit
@@ -65,13 +83,18 @@ def turned_rows(a0, a1, a2, b0, b1, b2, cos, sin, rest_scale, BIAS: gl.constexpr
 @gluon.jit
 def share_turned(a0, a1, a2, b0, b1, b2, cos, sin, BIAS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
                  PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """`turned_rows` in shared memory."""
+    """`turned_rows` in shared memory, each part's columns `mixed` like those of states in memory."""
     a0, a1, a2 = turned_rows(a0, a1, a2, b0, b1, b2, cos, sin, None, BIAS, RANK, PAIRS, REST)
-    a0 = share(a0, CHUNK, RANK, PAIRS)
-    a1 = share(a1, CHUNK, RANK, PAIRS)
+    a0 = share_mixed(a0, CHUNK, RANK, PAIRS)
+    a1 = share_mixed(a1, CHUNK, RANK, PAIRS)
     if REST > 0:
-        a2 = share(a2, CHUNK, RANK, REST)
+        a2 = share_mixed(a2, CHUNK, RANK, REST)
     return a0, a1, a2
+
+
+@gluon.jit
+def share_mixed(part, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    return share(mixed(gl.reshape(part, [64, WIDTH]), WIDTH), 64, 1, WIDTH)
 
 
 @gluon.jit
@@ -172,31 +195,49 @@ def scale_tokens(product, scale, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH:
 
 
 @gluon.jit
-def rotation_gradients(v0, v1, v2, d0, d1, d2, fraction, earlier, d_phase, inner, CHUNK: gl.constexpr,
+def rotation_gradients(v0, v1, v2, d0, d1, d2, fraction, earlier, d_rows, d_phase, inner, CHUNK: gl.constexpr,
                        RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """Turn the gradients d of turned rows v back, into v's shared memory; store what they give by phase, and ⟨v, d⟩.
+    """Turn the gradients d of turned rows v back and store them, what they give by phase, and ⟨v, d⟩.
 
-    earlier: gradients by phase to add, or None. See `rotation_gradients`, `rotate_back` in `kernels/tiles.py`.
+    fraction: phases, earlier: gradients by phase to add, or None; both in a slice of `neighbour_layout`. See
+    `rotation_gradients`, `rotate_back` in `kernels/tiles.py`.
     """
-    first = by_token(v0.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS).to(gl.float32)
-    second = by_token(v1.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS).to(gl.float32)
-    d0 = by_token(d0, CHUNK, RANK, PAIRS)
-    d1 = by_token(d1, CHUNK, RANK, PAIRS)
+    D_STATE: gl.constexpr = 2 * PAIRS + REST
+    first = neighbours_by_token(v0.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS).to(gl.float32)
+    second = neighbours_by_token(v1.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS).to(gl.float32)
+    d0 = neighbours_by_token(d0, CHUNK, RANK, PAIRS)
+    d1 = neighbours_by_token(d1, CHUNK, RANK, PAIRS)
     by_angle = gl.sum(first * d1 - second * d0, axis=1)
     if earlier is not None:
         by_angle += earlier
     store_by_token(d_phase, by_angle, CHUNK, PAIRS, CHUNK, PAIRS)
-    by_decay = gl.sum(gl.sum(first * d0 + second * d1, axis=2), axis=1)
+    by_decay = first * d0 + second * d1
     if REST > 0:
-        rest = by_token(v2.load(product_layout(REST)), CHUNK, RANK, REST).to(gl.float32)
-        by_rest = gl.sum(gl.sum(rest * by_token(d2, CHUNK, RANK, REST), axis=2), axis=1)
-        by_decay += gl.convert_layout(by_rest, by_decay.type.layout)
+        rest = neighbours_by_token(v2.load(product_layout(REST)), CHUNK, RANK, REST).to(gl.float32)
+        d2 = neighbours_by_token(d2, CHUNK, RANK, REST)
+        by_rest = gl.sum(gl.reshape(rest * d2, [CHUNK, RANK, REST // PAIRS, PAIRS]), axis=2)
+        by_decay += gl.convert_layout(by_rest, by_decay.type.layout, assert_trivial=True)
+    by_decay = gl.sum(gl.sum(by_decay, axis=2), axis=1)
     gl.store(inner + gl.arange(0, CHUNK, by_decay.type.layout), by_decay)
     cos, sin = turn_of(fraction)
-    v0.store(by_row(d0 * cos + d1 * sin, CHUNK, RANK, PAIRS).to(v0.dtype))
-    v1.store(by_row(d1 * cos - d0 * sin, CHUNK, RANK, PAIRS).to(v1.dtype))
+    store_by_row(d_rows, d0 * cos + d1 * sin, D_STATE, PAIRS)
+    store_by_row(d_rows + PAIRS, d1 * cos - d0 * sin, D_STATE, PAIRS)
     if REST > 0:
-        v2.store(d2.to(v2.dtype))
+        store_by_row(d_rows + 2 * PAIRS, d2, D_STATE, REST)
+
+
+@gluon.jit
+def neighbours_by_token(product, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """`neighbours` of a product (rows, WIDTH) as (CHUNK, RANK, WIDTH)."""
+    tile = gl.reshape(mixed(product, WIDTH), [CHUNK, RANK, WIDTH])
+    return gl.convert_layout(tile, neighbour_layout(WIDTH, RANK), assert_trivial=True)
+
+
+@gluon.jit
+def store_by_row(target, tile, STRIDE: gl.constexpr, WIDTH: gl.constexpr):
+    """`neighbours_by_token` to 64 rows of memory, STRIDE apart."""
+    rows = gl.convert_layout(gl.reshape(tile, [64, WIDTH]), neighbour_layout(WIDTH), assert_trivial=True)
+    store_neighbours(target, rows, STRIDE, WIDTH)
 
 
 # On the matrix units
