@@ -195,9 +195,10 @@ def scan_workspace(config: Mamba3Config, on_hopper: bool = True) -> float:
     mixer = config.mixer
     heads, rank, width = mixer.heads(config.d_model), mixer.rank, mixer.head_dim
     chunk, heads_here = scan_passes(mixer)
-    # States before a chunk, their gradients at its end and, but on Hopper, there; the gradients of y and of the phases.
-    states = 2 if on_hopper and serves_on_hopper(mixer) else 3
-    a_head = states * 2 * width * mixer.d_state / chunk + 2 * rank * width + 4 * mixer.rotated_pairs
+    # States before a chunk, which on Hopper become their own gradients, otherwise those beside them; the gradients of
+    # the rows of C or B, of y and of the phases.
+    states = 1 if on_hopper and serves_on_hopper(mixer) else 2
+    a_head = states * 2 * width * mixer.d_state / chunk + 2 * rank * (mixer.d_state + width) + 4 * mixer.rotated_pairs
     inputs = 2 * 2 * heads * width + 2 * 4 * rank * mixer.groups * mixer.d_state  # of x and z, B and C
     # The biases' by blocks of tokens, as `kernels.head_sum.tile`, the rank weights' by chunks.
     a_block, rank_weights = (16, 0) if rank == 1 else (32, 3 * width / chunk)
