@@ -135,8 +135,8 @@ class Sizes(Given):
 
     @cached_property
     def turn_parts(self) -> int:
-        """Partial sums of the gradient of a chunk's whole turn: one for ROWS rows of the state, or for 16."""
-        return 4 if self.on_hopper else self.head_dim // state_passing.ROWS
+        """Partial sums of the gradient of a chunk's whole turn: one for ROWS rows of the state, or for a warp's."""
+        return self.walk_warps if self.on_hopper else self.head_dim // state_passing.ROWS
 
     @cached_property
     def head_blocks(self) -> int:
@@ -207,8 +207,9 @@ class Sizes(Given):
     def walk_back(self) -> tuple[Launcher, Launcher]:
         """Along whole sequences and along spans."""
         options = {name: v for name, v in self._walk_options.items() if name not in ("TOKEN_STRIDE", "SPAN")}
-        whole, spans = options | {"WALK": 0}, options | {"WALK": self.span}
-        return Launcher(self.walk_whole.grid, whole), Launcher(self.walk_spans.grid, spans)
+        whole = {"WALK": 0, "INNER_PARTS": self.inner_parts}
+        spans = whole | {"WALK": self.span}
+        return Launcher(self.walk_whole.grid, options | whole), Launcher(self.walk_spans.grid, options | spans)
 
     @cached_property
     def _walk_options(self) -> dict:

@@ -54,37 +54,30 @@ def copy_y(tile, d_y, chunk, HEAD_DIM: gl.constexpr):
 
 
 @gluon.jit
-def store_inner(inner, d_turn, s0, s1, s2, a0, a1, a2, cos, sin, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """Gradients by a chunk's whole decay, in one part a warp, and by its whole turn, in one for 16 rows.
+def store_inner(inner, d_turn, s0, s1, s2, a0, a1, a2, cos, sin, PAIRS: gl.constexpr, REST: gl.constexpr,
+                INNER_PARTS: gl.constexpr):  # fmt: skip
+    """Gradients by a chunk's whole decay and turn, in one part a warp.
 
     s: the gradient of the state after the chunk, rounded here as the keys see it: what they and the state contribute
     must cancel. a: that state, in shared memory and in the next chunk's frame.
     """
+    ROWS: gl.constexpr = 64 // INNER_PARTS
     after0 = read_mixed(a0, PAIRS)
     after1 = read_mixed(a1, PAIRS)
     first = after0 * cos[None, :] - after1 * sin[None, :]
     after1 = after1 * cos[None, :] + after0 * sin[None, :]
     s0 = rounded(s0, a0.dtype)
     s1 = rounded(s1, a0.dtype)
-    by_turn = gl.sum(gl.reshape(s0 * after1 - s1 * first, [4, 16, PAIRS]), axis=1)
-    part = gl.arange(0, 4, gl.SliceLayout(1, by_turn.type.layout))[:, None]
+    by_turn = gl.sum(gl.reshape(s0 * after1 - s1 * first, [INNER_PARTS, ROWS, PAIRS]), axis=1)
+    part = gl.arange(0, INNER_PARTS, gl.SliceLayout(1, by_turn.type.layout))[:, None]
     pair = gl.arange(0, PAIRS, gl.SliceLayout(0, by_turn.type.layout))[None, :]
     gl.store(d_turn + part * PAIRS + pair, by_turn)
-    by_decay = sum_by_warp(s0 * first + s1 * after1, PAIRS)
+    by_row = gl.sum(s0 * first + s1 * after1, axis=1)
     if REST > 0:
-        by_rest = sum_by_warp(rounded(s2, a2.dtype) * read_mixed(a2, REST), REST)
-        by_decay += gl.convert_layout(by_rest, by_decay.type.layout, assert_trivial=True)
-    HALVES: gl.constexpr = gl.num_warps() // 4
-    part = gl.arange(0, 4, gl.SliceLayout(1, by_decay.type.layout))[:, None]
-    half = gl.arange(0, HALVES, gl.SliceLayout(0, by_decay.type.layout))[None, :]
-    gl.store(inner + part * HALVES + half, by_decay)
-
-
-@gluon.jit
-def sum_by_warp(tile, WIDTH: gl.constexpr):
-    """Sum what each warp holds of a product (64, WIDTH): (4, warps / 4)."""
-    HALVES: gl.constexpr = gl.num_warps() // 4
-    return gl.sum(gl.sum(gl.reshape(tile, [4, 16, HALVES, WIDTH // HALVES]), axis=3), axis=1)
+        rest = gl.sum(rounded(s2, a2.dtype) * read_mixed(a2, REST), axis=1)
+        by_row += gl.convert_layout(rest, by_row.type.layout, assert_trivial=True)
+    by_decay = gl.sum(gl.reshape(by_row, [INNER_PARTS, ROWS]), axis=1)
+    gl.store(inner + gl.arange(0, INNER_PARTS, by_decay.type.layout), by_decay)
 
 
 @gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
@@ -93,12 +86,13 @@ def hopper_gradient_walk_kernel(
      span_decay, span_turn, seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WALK: gl.constexpr,
+    INNER_PARTS: gl.constexpr,
 ):  # fmt: skip
     """Programs: heads of the pass, batch, and walks of WALK chunks (0: of all), each from its end to its start.
 
     d_y: (batch, HEADS_HERE, rows, P). states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk and after the
     last; that after a chunk is overwritten by its gradient. d_initial, inner, d_turn: as in
-    `state_passing_backward_kernel`, the last two in parts as `store_inner` says. starts: (batch, HEADS_HERE, walks,
+    `state_passing_backward_kernel`, the last two in INNER_PARTS parts, one a warp. starts: (batch, HEADS_HERE, walks,
     P, N) float32, the gradient of the state after each walk. Without `states` only sums are wanted, from zero: the
     gradient of the state before each walk, like starts, with span_decay and span_turn as in `hopper_state_walk_kernel`.
     """
@@ -106,7 +100,6 @@ def hopper_gradient_walk_kernel(
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     SIZE: gl.constexpr = HEAD_DIM * D_STATE
     FETCH: gl.constexpr = 4
-    WARPS: gl.constexpr = gl.num_warps()
     WHOLE: gl.constexpr = states is not None
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = d_y.dtype.element_ty
@@ -151,8 +144,8 @@ def hopper_gradient_walk_kernel(
     if WHOLE:
         SLOT: gl.constexpr = HEADS_HERE * SIZE
         states += ((batch * (chunks + 1) + 1) * HEADS_HERE + here) * SIZE  # after each chunk
-        inner += of_head * chunks * WARPS
-        d_turn += of_head * chunks * (4 * PAIRS)
+        inner += of_head * chunks * INNER_PARTS
+        d_turn += of_head * chunks * (INNER_PARTS * PAIRS)
         a0, a1, a2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
         copy_state_to(a0, a1, a2, states + chunk.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
         async_copy.commit_group()
@@ -176,8 +169,8 @@ def hopper_gradient_walk_kernel(
             whole_turn += turn
         if WHOLE:
             async_copy.wait_group(1)  # the state, not yet the next chunk
-            store_inner(inner + chunk * WARPS, d_turn + chunk * (4 * PAIRS), s0, s1, s2, a0, a1, a2,
-                        cos, sin, PAIRS, REST)  # fmt: skip
+            store_inner(inner + chunk * INNER_PARTS, d_turn + chunk * (INNER_PARTS * PAIRS), s0, s1, s2, a0, a1, a2,
+                        cos, sin, PAIRS, REST, INNER_PARTS)  # fmt: skip
             store_mixed(states + chunk.to(gl.int64) * SLOT, s0, s1, s2, PAIRS, REST)
         of_y = y.index(slot)
         s0, s1, s2 = start_product(of_y, rows, slot, s0, s1, s2, decay, rest_decay, PAIRS, REST)

@@ -11,26 +11,25 @@ WARPS = 4
 
 
 @gluon.constexpr_function
-def row_layout(width, rank, warps=WARPS):
+def row_layout(width, rank):
     """For (CHUNK, RANK, width) of 16-bit numbers: eight neighbours a thread, the ranks of a token in one warp."""
     columns = min(width // 8, 32)
     ranks = min(rank, 32 // columns)
-    return gl.BlockedLayout([1, 1, 8], [32 // columns // ranks, ranks, columns], [warps, 1, 1], [2, 1, 0])
+    return gl.BlockedLayout([1, 1, 8], [32 // columns // ranks, ranks, columns], [WARPS, 1, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
-def copy_layout(width, bits, warps=WARPS):
+def copy_layout(width, bits):
     """For (rows, width): 16 bytes a thread."""
     numbers = 128 // bits
     columns = min(width // numbers, 32)
-    return gl.BlockedLayout([1, numbers], [32 // columns, columns], [warps, 1], [1, 0])
+    return gl.BlockedLayout([1, numbers], [32 // columns, columns], [WARPS, 1], [1, 0])
 
 
 @gluon.constexpr_function
-def product_layout(width, warps=WARPS):
-    """For (64, width), a product of the matrix units; of eight warps four take the first half of the columns."""
-    halves = warps // 4
-    return gl.NVMMADistributedLayout([3, 0], [4, halves], [16, width // halves, 16])
+def product_layout(width):
+    """For (64, width), a product of the matrix units."""
+    return gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, width, 16])
 
 
 @gluon.constexpr_function
@@ -57,7 +56,7 @@ def accumulator_layout(width, rank):
 
 
 @gluon.constexpr_function
-def neighbour_layout(width, rank=None, warps=WARPS):
+def neighbour_layout(width, rank=None):
     """For (64, width), or (CHUNK, RANK, width), a product with columns as `memory.mixed` orders them.
 
     Eight neighbours a thread, 16 bytes at 16 bit; below 32 columns two, as in a product.
@@ -72,14 +71,12 @@ def neighbour_layout(width, rank=None, warps=WARPS):
     def column(bit):
         return [0] * (len(shape) - 1) + [bit]
 
-    # Where `mixed` puts the columns 8, 16, … of a product that a thread holds, and the last where warps share them.
-    held = [{8: 2, 16: 4}.get(bit, bit) if width >= 32 else bit for bit in (8, 16, 32, 64) if bit < width]
-    between = 8 if width >= 32 else 2
-    halves = [column(held.pop())] if warps == 8 else []
+    in_thread, between = ((2, 4), 8) if width >= 32 else ((), 2)
+    others = [bit for bit in (8, 16, 32, 64) if bit < width and bit not in (between, 2 * between)]
     return gl.DistributedLinearLayout(
-        [column(1), *(column(bit) for bit in held if bit < 8), row(8), *(column(bit) for bit in held if bit >= 8)],
+        [column(1), *map(column, in_thread), row(8), *map(column, others)],
         [column(between), column(2 * between), row(1), row(2), row(4)],
-        [row(16), row(32), *halves],
+        [row(16), row(32)],
         [],
         shape,
     )

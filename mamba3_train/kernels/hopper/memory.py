@@ -90,7 +90,7 @@ def copy_tile(source, rows, ROWS: gl.constexpr, STRIDE: gl.constexpr, WIDTH: gl.
 @gluon.jit
 def copy_tile_to(tile, source, rows, ROWS: gl.constexpr, STRIDE: gl.constexpr, WIDTH: gl.constexpr):
     """The same into shared memory that is there already."""
-    layout: gl.constexpr = copy_layout(WIDTH, 16, gl.num_warps())
+    layout: gl.constexpr = copy_layout(WIDTH, 16)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
     if rows is None:
@@ -116,7 +116,7 @@ def copy_weights(source, STRIDE: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.con
     """Start copying a head's (RANK, WIDTH) weights, rows STRIDE apart."""
     dtype: gl.constexpr = source.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
-    layout: gl.constexpr = copy_layout(WIDTH, BITS, gl.num_warps())
+    layout: gl.constexpr = copy_layout(WIDTH, BITS)
     tile = gl.allocate_shared_memory(dtype, [RANK, WIDTH], weight_layout(BITS, RANK, FOR_PRODUCT))
     rank = gl.arange(0, RANK, gl.SliceLayout(1, layout))[:, None]
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
@@ -206,15 +206,14 @@ def mixed(rows, WIDTH: gl.constexpr):
 @gluon.jit
 def neighbours(product, WIDTH: gl.constexpr):
     """A product's columns `mixed`: no number leaves its thread."""
-    return gl.convert_layout(mixed(product, WIDTH), neighbour_layout(WIDTH, None, gl.num_warps()), assert_trivial=True)
+    return gl.convert_layout(mixed(product, WIDTH), neighbour_layout(WIDTH), assert_trivial=True)
 
 
 @gluon.jit
 def store_neighbours(target, tile, STRIDE: gl.constexpr, WIDTH: gl.constexpr):
     """`neighbours` to memory, rounded to what is there, rows STRIDE apart."""
-    layout: gl.constexpr = neighbour_layout(WIDTH, None, gl.num_warps())
-    row = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
-    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    row = gl.arange(0, 64, gl.SliceLayout(1, neighbour_layout(WIDTH)))[:, None]
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, neighbour_layout(WIDTH)))[None, :]
     gl.store(target + row * STRIDE + column, tile.to(target.dtype.element_ty))
 
 

@@ -67,7 +67,7 @@ def keep_start(kept, chunk, s0, s1, s2, SPAN: gl.constexpr, PAIRS: gl.constexpr,
 @gluon.jit
 def fetch_walk(x, phase, BYTES: gl.constexpr, TOKEN_STRIDE: gl.constexpr, left, CHUNK: gl.constexpr):
     """Ask for a chunk's tokens and phases to be in the L2 cache soon."""
-    token = gl.arange(0, CHUNK, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    token = gl.arange(0, CHUNK, gl.BlockedLayout([1], [32], [4], [0]))
     fetch_line((x + gl.minimum(token, left - 1) * TOKEN_STRIDE).to(gl.int64))
     fetch_ahead(phase, BYTES)
 

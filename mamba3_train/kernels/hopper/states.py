@@ -32,19 +32,18 @@ def store_state(state, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
 @gluon.jit
 def in_state(WIDTH: gl.constexpr, D_STATE: gl.constexpr):
     """Where the numbers of a product (64, WIDTH) lie in a state."""
-    layout: gl.constexpr = product_layout(WIDTH, gl.num_warps())
-    row = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
-    return row * D_STATE + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    row = gl.arange(0, 64, gl.SliceLayout(1, product_layout(WIDTH)))[:, None]
+    return row * D_STATE + gl.arange(0, WIDTH, gl.SliceLayout(0, product_layout(WIDTH)))[None, :]
 
 
 @gluon.jit
 def zero_state(HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
     """A state of zeros in three parts, as products."""
-    s0 = gl.zeros([HEAD_DIM, PAIRS], gl.float32, product_layout(PAIRS, gl.num_warps()))
-    s1 = gl.zeros([HEAD_DIM, PAIRS], gl.float32, product_layout(PAIRS, gl.num_warps()))
+    s0 = gl.zeros([HEAD_DIM, PAIRS], gl.float32, product_layout(PAIRS))
+    s1 = gl.zeros([HEAD_DIM, PAIRS], gl.float32, product_layout(PAIRS))
     s2 = 0.0
     if REST > 0:
-        s2 = gl.zeros([HEAD_DIM, REST], gl.float32, product_layout(REST, gl.num_warps()))
+        s2 = gl.zeros([HEAD_DIM, REST], gl.float32, product_layout(REST))
     return s0, s1, s2
 
 
@@ -72,8 +71,8 @@ def store_mixed(state, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
 @gluon.jit
 def read_mixed(tile, WIDTH: gl.constexpr):
     """A part of such a state in shared memory as a product, in float32."""
-    rows = mixed(tile.load(neighbour_layout(WIDTH, None, gl.num_warps())), WIDTH)
-    return gl.convert_layout(rows, product_layout(WIDTH, gl.num_warps()), assert_trivial=True).to(gl.float32)
+    rows = mixed(tile.load(neighbour_layout(WIDTH)), WIDTH)
+    return gl.convert_layout(rows, product_layout(WIDTH), assert_trivial=True).to(gl.float32)
 
 
 @gluon.jit

@@ -20,9 +20,9 @@ def plain_layout(rank):
 
 
 @gluon.constexpr_function
-def each_layout(warps):
+def each_layout():
     """For a vector of 32-bit numbers: one a thread."""
-    return gl.BlockedLayout([1], [32], [warps], [0])
+    return gl.BlockedLayout([1], [32], [4], [0])
 
 
 @gluon.jit
@@ -61,17 +61,17 @@ def copy_chunk(stream, rows, phase, log, end, decay, id, edge, left, STRIDE: gl.
     copy_rows(k1, rows + PAIRS, left, STRIDE, CHUNK, RANK, PAIRS)
     if REST > 0:
         copy_rows(k2, rows + 2 * PAIRS, left, STRIDE, CHUNK, RANK, REST)
-    token = gl.arange(0, CHUNK, gl.SliceLayout(1, copy_layout(PAIRS, 16, gl.num_warps())))[:, None]
-    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, copy_layout(PAIRS, 16, gl.num_warps())))[None, :]
+    token = gl.arange(0, CHUNK, gl.SliceLayout(1, copy_layout(PAIRS, 16)))[:, None]
+    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, copy_layout(PAIRS, 16)))[None, :]
     async_copy.async_copy_global_to_shared(phases, phase + token * PAIRS + pair)
-    two: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
+    two: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     last = phase + (CHUNK - 1) * PAIRS + gl.arange(0, PAIRS, two)
     async_copy.async_copy_global_to_shared(turns, last)
-    token = gl.arange(0, CHUNK, each_layout(gl.num_warps()))
+    token = gl.arange(0, CHUNK, each_layout())
     async_copy.async_copy_global_to_shared(logs, log + token)
     if end is not None:
         async_copy.async_copy_global_to_shared(ends, end + 0 * token)
-    async_copy.async_copy_global_to_shared(decays, decay + 0 * gl.arange(0, 64, each_layout(gl.num_warps())))
+    async_copy.async_copy_global_to_shared(decays, decay + 0 * gl.arange(0, 64, each_layout()))
     if id is not None:
         async_copy.async_copy_global_to_shared(ids, id + gl.minimum(token, left - 1))
         async_copy.async_copy_global_to_shared(edges, edge + 0 * token)
@@ -80,7 +80,7 @@ def copy_chunk(stream, rows, phase, log, end, decay, id, edge, left, STRIDE: gl.
 @gluon.jit
 def copy_rows(tile, rows, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
     """Start copying WIDTH columns of a chunk's rows, STRIDE apart, zero past the sequence's end: see `load_rows`."""
-    layout: gl.constexpr = row_layout(WIDTH, RANK, gl.num_warps())
+    layout: gl.constexpr = row_layout(WIDTH, RANK)
     token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     rank = gl.arange(0, RANK, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
@@ -92,12 +92,12 @@ def copy_rows(tile, rows, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK:
 def read_rows(stream, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
     """A chunk's rows in three parts, and its phases, as `load_parts` and `load_by_token` load them."""
     k0, k1, k2, phases, _, _, _, _, _, _ = stream
-    first = k0.load(row_layout(PAIRS, RANK, gl.num_warps()))
-    second = k1.load(row_layout(PAIRS, RANK, gl.num_warps()))
+    first = k0.load(row_layout(PAIRS, RANK))
+    second = k1.load(row_layout(PAIRS, RANK))
     rest = 0.0
     if REST > 0:
-        rest = k2.load(row_layout(REST, RANK, gl.num_warps()))
-    fraction = phases.load(gl.SliceLayout(1, row_layout(PAIRS, RANK, gl.num_warps())))
+        rest = k2.load(row_layout(REST, RANK))
+    fraction = phases.load(gl.SliceLayout(1, row_layout(PAIRS, RANK)))
     return first, second, rest, fraction
 
 
@@ -119,14 +119,14 @@ def read_scale(stream, TO_END: gl.constexpr, DOCUMENTS: gl.constexpr, layout: gl
 def read_turn(stream, PAIRS: gl.constexpr):
     """A chunk's whole turn, (PAIRS,), to fit a product."""
     _, _, _, _, turns, _, _, _, _, _ = stream
-    return turns.load(gl.SliceLayout(0, product_layout(PAIRS, gl.num_warps())))
+    return turns.load(gl.SliceLayout(0, product_layout(PAIRS)))
 
 
 @gluon.jit
 def read_decay(stream, WIDTH: gl.constexpr):
     """A chunk's whole decay, 64 times, to fit a product."""
     _, _, _, _, _, _, _, decays, _, _ = stream
-    return decays.load(gl.SliceLayout(1, product_layout(WIDTH, gl.num_warps())))
+    return decays.load(gl.SliceLayout(1, product_layout(WIDTH)))
 
 
 @gluon.jit
@@ -149,10 +149,10 @@ def turn_chunk(stream, rows, slot, bias, TO_END: gl.constexpr, BIAS: gl.constexp
     """
     k0, k1, k2, fraction = read_rows(stream, RANK, PAIRS, REST)
     cos, sin = turn_of(fraction)
-    scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(PAIRS, RANK, gl.num_warps()))
+    scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(PAIRS, RANK))
     rest_scale = None
     if REST > 0:
-        rest_scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(REST, RANK, gl.num_warps()))
+        rest_scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(REST, RANK))
     b0, b1, b2 = bias
     k0, k1, k2 = turned_rows(k0, k1, k2, b0, b1, b2, cos * scale, sin * scale, rest_scale, BIAS, RANK, PAIRS, REST)
     q0, q1, q2 = rows
@@ -199,10 +199,8 @@ def turn_type(dtype):
 @gluon.jit
 def nothing_whole(phase, PAIRS: gl.constexpr):
     """Decay and turn of no chunk."""
-    ones = gl.zeros([64], gl.float32, gl.SliceLayout(1, product_layout(PAIRS, gl.num_warps()))) + 1.0
-    return ones, gl.zeros(
-        [PAIRS], turn_type(phase.dtype.element_ty), gl.SliceLayout(0, product_layout(PAIRS, gl.num_warps()))
-    )
+    ones = gl.zeros([64], gl.float32, gl.SliceLayout(1, product_layout(PAIRS))) + 1.0
+    return ones, gl.zeros([PAIRS], turn_type(phase.dtype.element_ty), gl.SliceLayout(0, product_layout(PAIRS)))
 
 
 @gluon.jit

@@ -62,7 +62,7 @@ def turned_rows(a0, a1, a2, b0, b1, b2, cos, sin, rest_scale, BIAS: gl.constexpr
                 PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Rows of B or C plus their bias, turned, the rest times rest_scale where it is given."""
     dtype: gl.constexpr = a0.dtype
-    pairs: gl.constexpr = row_layout(PAIRS, RANK, gl.num_warps())
+    pairs: gl.constexpr = row_layout(PAIRS, RANK)
     first = hold(a0, True).to(gl.float32)
     second = hold(a1, True).to(gl.float32)
     if BIAS:
@@ -73,7 +73,7 @@ def turned_rows(a0, a1, a2, b0, b1, b2, cos, sin, rest_scale, BIAS: gl.constexpr
     if REST > 0:
         rest = hold(a2, True)
         if BIAS:
-            rest = rest.to(gl.float32) + read_by_rank(b2, row_layout(REST, RANK, gl.num_warps()))
+            rest = rest.to(gl.float32) + read_by_rank(b2, row_layout(REST, RANK))
         if rest_scale is not None:
             rest = rest.to(gl.float32) * rest_scale
         a2 = rest.to(dtype)
@@ -100,7 +100,7 @@ def share_mixed(part, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constex
 @gluon.jit
 def rows_of_values(raw, mimo_x, RANK: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Tokens x (CHUNK, P) times mimo_x (RANK, P), both in shared memory, as rows."""
-    layout: gl.constexpr = row_layout(HEAD_DIM, RANK, gl.num_warps())
+    layout: gl.constexpr = row_layout(HEAD_DIM, RANK)
     rows = read_by_token(raw, layout).to(gl.float32) * read_by_rank(mimo_x, layout)
     return rows.to(raw.dtype)
 
