@@ -18,6 +18,7 @@ from mamba3_train.evaluation.loss_curve import plot_loss
 from mamba3_train.evaluation.metrics import read_metrics
 from mamba3_train.evaluation.sampling import Sampling
 from mamba3_train.model.cost import Cost
+from mamba3_train.training.strategies import bring_back
 
 
 def report(
@@ -51,6 +52,7 @@ def _report(config, folder, trainer, module, data, cost, console) -> None:
     rows = read_metrics(folder / "metrics.jsonl")
     if not any("val/loss" in row and row["step"] == trainer.global_step for row in rows):
         trainer.validate(module, datamodule=data, verbose=False)
+    bring_back(trainer.strategy, module.model)
     # Every rank samples, the same: a sharded model computes on all of them or not at all.
     sample = sample_text(config, module, data.tokenizer) if config.sample_prompt else None
     accuracy = accuracy_of_task(config, module, data) if config.accuracy_lengths else None

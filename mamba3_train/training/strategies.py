@@ -99,6 +99,12 @@ def materialise(strategy: Strategy, model: nn.Module) -> None:
         model.to_empty(device=device)
 
 
+def bring_back(strategy: Strategy, model: nn.Module) -> None:
+    """Move a model to where it computes: after training Lightning leaves it in host memory, unless FSDP shards it."""
+    if not isinstance(strategy, FullySharded):
+        model.to(strategy.root_device)
+
+
 def assign(parameter: nn.Parameter, value: Tensor) -> None:
     """Copy a whole value, the same on every rank, into a parameter or into this rank's shard of it."""
     if hasattr(parameter, "ds_id"):

@@ -1,5 +1,8 @@
-"""On a GPU: 300 steps with the Triton kernels and with the reference give the same loss curve within noise."""
+"""On a GPU: loss curves with the Triton kernels and with the reference, and a whole run to its report."""
 
+import json
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -58,3 +61,17 @@ def test_same_loss_curve_with_either_kernels(rank):
     assert first < 2e-3, found
     assert mean < 2 * noise.mean() + 2e-3, found
     assert abs(last - expected[-20:].mean()) < 0.02, found
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_a_run_ends_with_its_report(tmp_path):
+    """What comes after training computes on the GPU, too, though Lightning has moved the model off it."""
+    command = [
+        sys.executable, "-m", "mamba3_train", "+recipe=parity", f"run.dir={tmp_path}/run", "trainer.max_steps=4",
+        "trainer.accelerator=gpu", "report.accuracy_lengths=[8]", "report.accuracy_documents=40",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary["scaled_accuracy"]) == {"8"}

@@ -143,6 +143,14 @@ def test_offloaded_shards_stay_in_host_memory(cpu_offload, monkeypatch):
     assert next(strategy.model.parameters()).device.type == ("cpu" if cpu_offload else "meta")
 
 
+def test_a_model_comes_back_to_where_it_computes():
+    model = torch.nn.Linear(2, 2)
+    strategy = strategies.single(accelerator="cpu", devices=1, num_nodes=1)
+    strategy._root_device = torch.device("meta")
+    strategies.bring_back(strategy, model)
+    assert model.weight.device.type == "meta"
+
+
 def test_one_device_needs_no_strategy():
     settings = {"accelerator": "cpu", "devices": 1, "num_nodes": 1}
     made = [
