@@ -138,7 +138,7 @@ def test_a_bfloat16_state_is_rounded_once_a_token():
     if DEVICE == "cuda":  # the two are compiled apart, and need not add in the same order
         assert (y - expected).norm() < 1e-6 * expected.norm()
         rounding = (after.ssm.float() - exactly.ssm).abs() / exactly.ssm.abs()
-        assert rounding.max() < 1.01 * 2**-9
+        assert rounding.max() < 1.01 * 2**-8  # half the distance of two neighbours
     else:
         assert torch.equal(y, expected)
         # The interpreter cuts the last 16 bits off.
