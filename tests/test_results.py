@@ -44,15 +44,42 @@ def test_the_scan_in_its_own_document():
         assert int(mib) == row["peak_mib"]
 
 
+def scaling():
+    return json.loads((RESULTS / "scaling_440m_siso_2xh200.json").read_text())
+
+
 def test_two_gpus_in_the_readme():
-    runs = json.loads((RESULTS / "scaling_440m_siso_2xh200.json").read_text())
     ((share,),) = [table("README.md", r"`ddp` at ([\d.]+) % of twice")]
-    assert float(share) == pytest.approx(100 * runs["2 GPUs, ddp"]["share_of_twice_one_gpu"], abs=0.051)
+    assert float(share) == pytest.approx(100 * scaling()["2 GPUs, ddp"]["share_of_twice_one_gpu"], abs=0.051)
+
+
+def test_two_gpus_in_their_own_document():
+    recorded = {round(run["tokens_per_second"]): run for run in scaling().values()}
+    rows = table("docs/distributed.md", r"^\| (?:one GPU|`.*) \| (\d+) \| (?:([\d.]+) %)? ?\| ([\d.]+) GiB \|$")
+    assert {int(row[0]) for row in rows} == set(recorded)
+    for tokens, share, gib in rows:
+        run = recorded[int(tokens)]
+        assert float(share or 0) == pytest.approx(100 * run.get("share_of_twice_one_gpu", 0), abs=0.051)
+        assert float(gib) == pytest.approx(run["peak_memory_gib"], abs=0.051)
+
+
+def test_beside_a_transformer():
+    runs = json.loads((RESULTS / "transformer_1.5b_h200.json").read_text())
+    transformer, ours = ([r for r in runs if ("layer_pattern" in r["command"]) == is_one] for is_one in (True, False))
+    row = r"^\| (Transformer|Mamba-3 SISO|Mamba-3 / Transformer) \| ([\d.]+) \| ([\d.]+) \|$"
+    for name, *cells in table("docs/performance.md", row):
+        for cell, theirs, run in zip(cells, transformer, ours, strict=True):
+            value = theirs if name == "Transformer" else run
+            if "/" in name:
+                ratio = run["tokens_per_second"] / theirs["tokens_per_second"]
+                assert float(cell) == pytest.approx(ratio, abs=0.0051)
+            else:
+                assert int(cell) == round(value["tokens_per_second"])
 
 
 def test_steps():
     recorded = {round(r["step_ms"]): r for r in json.loads((RESULTS / "step_1.5b_h200.json").read_text())}
-    assert len(recorded) == 10
+    assert len(recorded) == 12
     parts = r"^\| .* \| (\d+) \| (\d+(?: both)?) \| (\d+) \| (\d+) \| (\d+) \| ([\d.]+|in rest) \| (\d+|←) "
     rows = table("docs/performance.md", parts + r"\| \*\*(\d+)\*\* \| (\d+) \| ([\d.]+) % \| ([\d.]+) \|$")
     shown = table("README.md", r"^\| 1.5B .* \| (\d+) \| (\d+) \| ([\d.]+) % \| ([\d.]+) \|$")
