@@ -20,8 +20,8 @@ NAMES = {  # of each gear's kernels in the launch table: their names begin so
         "queries": "chunk_queries", "keys": "chunk_keys",
     },
     "hopper": {
-        "states": "hopper_chunk_states", "outputs": "hopper_chunk_outputs", "queries": "hopper_chunk_queries",
-        "keys": "hopper_chunk_keys",
+        "states": ("hopper_state_walk", "hopper_gradient_walk"), "outputs": "hopper_chunk_outputs",
+        "queries": "hopper_chunk_queries", "keys": "hopper_chunk_keys",
     },
 }  # fmt: skip
 CANDIDATES = ((4, None), (4, 168), (4, 128), (8, None), (8, 128))

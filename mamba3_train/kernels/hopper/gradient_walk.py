@@ -83,7 +83,7 @@ def store_inner(inner, d_turn, s0, s1, s2, a0, a1, a2, cos, sin, PAIRS: gl.const
 @gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
 def hopper_gradient_walk_kernel(
     C, C_bias, d_y, document_ids, log_decay, chunk_decay, phase, states, starts, d_initial, inner, d_turn, sums,
-     span_decay, span_turn, seqlen, chunks, head_start,
+    span_decay, span_turn, seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WALK: gl.constexpr,
     INNER_PARTS: gl.constexpr,
