@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,29 @@ def test_parity():
         assert (run["variant"], run["steps"]) == (variant, int(step))
         for value, shown in zip(run["scaled_accuracy"].values(), accuracies, strict=True):
             assert float(shown) == pytest.approx(100 * value, abs=0.051)
+
+
+def test_recipes_on_gpus():
+    runs = json.loads((RESULTS / "recipes_h200.json").read_text())["runs"]
+    synthetic = [run for run in runs if run["recipe"] != "compare_small"]
+    losses = {(r["recipe"], r["variant"]): r["val_loss_by_step"][str(r["steps"])] for r in synthetic}
+    rows = table("docs/evaluation.md", r"^\| `(\w+)` \| (\w+) \| ([\d.]+) \|$")
+    assert {row[:2] for row in rows} == set(losses)
+    for recipe, variant, loss in rows:
+        assert float(loss) == pytest.approx(losses[recipe, variant], abs=0.00051)
+
+
+def test_small_language_models():
+    runs = json.loads((RESULTS / "recipes_h200.json").read_text())["runs"]
+    names = "transformer|like_mamba2|mamba3_siso|mamba3_mimo"
+    rows = table("docs/evaluation.md", rf"^\| ({names})" + 5 * r" \|(?: ([\d.]+) ± ([\d.]+))?" + r" \|$")
+    assert len(rows) == 4
+    for variant, *cells in rows:
+        seeds = [run for run in runs if (run["recipe"], run["variant"]) == ("compare_small", variant)]
+        assert len(seeds) == 3
+        for step, mean, deviation in zip((250, 500, 750, 1000, 1500), cells[::2], cells[1::2], strict=True):
+            found = [run["val_loss_by_step"][str(step)] for run in seeds if str(step) in run["val_loss_by_step"]]
+            assert bool(found) == bool(mean)
+            if found:
+                assert float(mean) == pytest.approx(statistics.mean(found), abs=0.00051)
+                assert float(deviation) == pytest.approx(statistics.stdev(found), abs=0.00051)
