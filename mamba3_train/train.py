@@ -39,7 +39,7 @@ def _train(config: DictConfig, stop: StopSignals) -> int:
     from mamba3_train.training.callbacks import Preempted, Profiling
     from mamba3_train.training.hardware import choose_precision, on_gpu
     from mamba3_train.training.metrics_file import MetricsFile, validation_missing
-    from mamba3_train.training.report import is_reported, report
+    from mamba3_train.training.report import check_accuracy_lengths, is_reported, report
 
     _quiet()
     console = Console(highlight=False, quiet=processes.rank() != 0)
@@ -56,6 +56,7 @@ def _train(config: DictConfig, stop: StopSignals) -> int:
     evaluation = assembly.build_evaluation(config)
     profiling = [] if config.profile is None else [Profiling(folder, list(config.profile))]
     data.check_batch_size(config.trainer.devices * config.trainer.num_nodes)
+    check_accuracy_lengths(config.report.accuracy_lengths, data)
 
     preemption = assembly.build_preemption(config, checkpointing, stop)
     processes.start_processes(config.trainer.devices, config.trainer.num_nodes, stop)

@@ -10,12 +10,15 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mamba3_train.errors import UserError
 from mamba3_train.train import cli
+from mamba3_train.training.report import check_accuracy_lengths
 
 TWO_PROCESSES = {
     "ddp": ["strategy=ddp", "trainer.devices=2", "data.micro_batch_size=1"],
@@ -221,6 +224,16 @@ def test_a_folder_of_another_run_is_refused(overrides, complaint, uninterrupted)
     before = {path: path.read_bytes() for path in uninterrupted.folder.rglob("*") if path.is_file()}
     assert complaint in uninterrupted.refused(*overrides)
     assert before == {path: path.read_bytes() for path in uninterrupted.folder.rglob("*") if path.is_file()}
+
+
+def test_accuracies_that_the_data_has_not_are_refused_before_training(tmp_path, quickstart_corpus):
+    run = Run(tmp_path / "run", quickstart_corpus)
+    assert "is for data with a task" in run.refused("report.accuracy_lengths=[8]")
+    assert not run.folder.exists()
+    needle = SimpleNamespace(rows=SimpleNamespace(task=SimpleNamespace(shortest=13)))
+    check_accuracy_lengths([13, 64], needle)
+    with pytest.raises(UserError, match=r"accuracy_lengths=\[64, 12\] has a length below 13"):
+        check_accuracy_lengths([64, 12], needle)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, quickstart_corpus):

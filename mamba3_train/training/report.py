@@ -90,14 +90,23 @@ def is_reported(folder: Path, step: int) -> bool:
     return summary.exists() and json.loads(summary.read_text()).get("step") == step
 
 
-def accuracy_of_task(config: DictConfig, module: LightningModule, data) -> dict[int, float]:
-    """Accuracy at the lengths asked for, the same on every rank.
+def check_accuracy_lengths(lengths: list[int], data) -> None:
+    """Refuse before training what could not be reported after it.
 
     Raises:
-        UserError: the data has no task.
+        UserError: the data has no task, or the task no document as short.
     """
-    if not hasattr(data, "rows"):
+    if lengths and not hasattr(data, "rows"):
         raise UserError("report.accuracy_lengths is for data with a task: choose data=parity or another, or leave it")
+    if lengths and min(lengths) < data.rows.task.shortest:
+        raise UserError(
+            f"report.accuracy_lengths={list(lengths)} has a length below {data.rows.task.shortest}, the shortest "
+            "document of this task: leave it out"
+        )
+
+
+def accuracy_of_task(config: DictConfig, module: LightningModule, data) -> dict[int, float]:
+    """Accuracy at the lengths asked for, the same on every rank."""
     model, rows = module.model.eval(), data.rows
     lengths, count, answers = config.accuracy_lengths, config.accuracy_documents, rows.task.answers
     with torch.compiler.set_stance("force_eager"):
