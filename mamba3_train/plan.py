@@ -24,8 +24,7 @@ GPUS = {
 HOPPER = ("h100", "h200")  # which have scan kernels of their own
 # What the caching allocator and the CUDA context take beside the tensors, at least.
 MARGIN = 0.06
-# Measured on one H200 with the 1.5B recipes, docs/performance.md: share of the peak by the mixer's rank; rank 1
-# with the portable scan kernels, before there were those for Hopper.
+# Measured on one H200 with the 1.5B recipes, docs/performance.md: share of the peak by the mixer's rank.
 MEASURED_MFU = {1: 0.443, 4: 0.331}
 
 

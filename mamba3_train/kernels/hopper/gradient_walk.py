@@ -25,6 +25,7 @@ from mamba3_train.kernels.hopper.stream import (
     copy_chunk,
     end_product,
     nothing_whole,
+    place_of_walk,
     start_product,
     store_whole,
     turn_chunk,
@@ -103,19 +104,11 @@ def hopper_gradient_walk_kernel(
     WHOLE: gl.constexpr = states is not None
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = d_y.dtype.element_ty
-    here = gl.program_id(0)
-    batch = gl.program_id(1).to(gl.int64)
-    head = head_start + here
-    start = batch * seqlen
-    of_head = batch * HEADS + head
+    batch, here, head, first, end, of_head, start, scalars, queries = place_of_walk(
+        seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
+    )
     of_pass = batch * HEADS_HERE + here
     of_walk = of_pass * gl.num_programs(2) + gl.program_id(2)
-    scalars = of_head * chunks * CHUNK
-    queries = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
-    first = gl.program_id(2) * WALK
-    end = chunks
-    if WALK > 0:
-        end = gl.minimum(first + WALK, chunks)
     C += queries
     log_decay += scalars
     phase += scalars * PAIRS

@@ -27,6 +27,7 @@ from mamba3_train.kernels.hopper.stream import (
     copy_chunk,
     end_product,
     nothing_whole,
+    place_of_walk,
     start_product,
     store_whole,
     turn_chunk,
@@ -93,17 +94,9 @@ def hopper_state_walk_kernel(
     FETCH: gl.constexpr = 4
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = x.dtype.element_ty
-    here = gl.program_id(0)
-    batch = gl.program_id(1).to(gl.int64)
-    head = head_start + here
-    start = batch * seqlen
-    of_head = batch * HEADS + head
-    scalars = of_head * chunks * CHUNK
-    keys = start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
-    first = gl.program_id(2) * WALK
-    end = chunks
-    if WALK > 0:
-        end = gl.minimum(first + WALK, chunks)
+    batch, here, head, first, end, of_head, start, scalars, keys = place_of_walk(
+        seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
+    )
     B += keys
     log_decay += scalars
     key_log += scalars

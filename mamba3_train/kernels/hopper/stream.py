@@ -13,6 +13,28 @@ from mamba3_train.kernels.hopper.memory import put
 from mamba3_train.kernels.hopper.tiles import dot_onto_state, exp2, turn_of, turned_rows
 
 
+@gluon.jit
+def place_of_walk(seqlen, chunks, head_start, HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr,
+                  D_STATE: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WALK: gl.constexpr):  # fmt: skip
+    """A program's row of the batch, head of the pass and of all, its chunks first to end, and where its row begins.
+
+    WALK: chunks of a walk, 0 for all. of_head: the head among all rows', start: the row's first token among all,
+    scalars: its first number in what has one a token and head, padded, rows: its first row of B and C.
+    """
+    here = gl.program_id(0)
+    batch = gl.program_id(1).to(gl.int64)
+    head = head_start + here
+    start = batch * seqlen
+    of_head = batch * HEADS + head
+    scalars = of_head * chunks * CHUNK
+    rows = start * (RANK * GROUPS * D_STATE) + head // (HEADS // GROUPS) * D_STATE
+    first = gl.program_id(2) * WALK
+    end = chunks
+    if WALK > 0:
+        end = gl.minimum(first + WALK, chunks)
+    return batch, here, head, first, end, of_head, start, scalars, rows
+
+
 @gluon.constexpr_function
 def plain_layout(rank):
     """In shared memory, for a tensor of this rank that is read as it was written."""
