@@ -54,6 +54,9 @@ SIZES = {
     "siso_float16": LAYER | {"dtype": torch.float16},
     "siso_float32": LAYER | {"dtype": torch.float32},
     "mimo4_float32": LAYER | {"rank": 4, "dtype": torch.float32},
+    "siso_64": LAYER | {"d_state": 64, "pairs": 16},
+    "mimo4_64": LAYER | {"rank": 4, "d_state": 64, "pairs": 16},
+    "mimo2_80": LAYER | {"rank": 2, "d_state": 80},
     "siso_narrow": LAYER | {"head_dim": 32, "d_state": 64, "pairs": 16},
     "siso_wide": LAYER | {"head_dim": 128, "d_state": 256, "pairs": 64},
     "mimo4_wide": LAYER | {"head_dim": 128, "d_state": 256, "pairs": 64, "rank": 4},
@@ -126,13 +129,13 @@ def report(compiled):
     }
 
 
-def main(sizes, arch, chunk):
+def main(sizes, arch, chunk, kernels):
     seen, failed = set(), []
 
     def compile_instead(kernel, grid, *args, **options):
         types = [(a.dtype, None) if torch.is_tensor(a) else (None, a is None) for a in args]
         key = (kernel.fn.__name__, str(types), str(sorted(options.items())))
-        if key not in seen:
+        if key not in seen and kernel.fn.__name__.startswith(kernels):
             seen.add(key)
             line = {"size": size, "kernel": kernel.fn.__name__, **report(compile_launch(kernel, args, options, arch))}
             print(json.dumps(line), flush=True)
@@ -161,5 +164,6 @@ if __name__ == "__main__":
     parser.add_argument("sizes", nargs="*", choices=[*SIZES, []], default=list(SIZES), metavar="SIZE")
     parser.add_argument("--arch", type=int, choices=SHARED_MEMORY, default=90, help="compute capability, without a dot")
     parser.add_argument("--chunk", type=int, default=0, help="tokens of a chunk; 0: the table's")
+    parser.add_argument("--kernels", default="", metavar="NAME", help="only those whose names begin so")
     arguments = parser.parse_args()
-    sys.exit(main(arguments.sizes, arguments.arch, arguments.chunk))
+    sys.exit(main(arguments.sizes, arguments.arch, arguments.chunk, arguments.kernels))

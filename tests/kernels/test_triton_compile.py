@@ -20,16 +20,26 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(("size", "walks"), [("siso_documents_norm", 4), ("mimo4_documents_norm", 3)])
 def test_kernels_compile_for_hopper(size, walks):
     """The other sizes of `tools/compile_kernels.py` take minutes: run it by hand after a change."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, ROOT / "tools" / "compile_kernels.py", size]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    kernels = [json.loads(line)["kernel"] for line in done.stdout.splitlines()]
+    kernels = compiled(size)
     assert len(set(kernels)) == 16
     assert sum(kernel.startswith("hopper_") for kernel in set(kernels)) == 5
     assert kernels.count("hopper_state_walk_kernel") == walks
     assert kernels.count("hopper_gradient_walk_kernel") == 3
+
+
+def test_kernels_for_a_narrow_state_compile_for_hopper():
+    """Sixteen pairs are too few for a thread to hold eight neighbours."""
+    stages = ("outputs", "queries_backward", "keys_backward")
+    assert set(compiled("mimo4_64", "--kernels", "hopper_chunk")) == {f"hopper_chunk_{s}_kernel" for s in stages}
+
+
+def compiled(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, ROOT / "tools" / "compile_kernels.py", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line)["kernel"] for line in done.stdout.splitlines()]
 
 
 def test_finds_a_wrong_descriptor():

@@ -24,6 +24,9 @@ SIZES = {
     "mimo 2": {"rank": 2},
     "mimo 4": {"rank": 4},
     "mimo 8": {"rank": 8},
+    "siso 64": {"rank": 1, "d_state": 64, "pairs": 16},
+    "mimo 4, 64": {"rank": 4, "d_state": 64, "pairs": 16},
+    "mimo 2, 80": {"rank": 2, "d_state": 80},
     "narrow": {"rank": 1, "head_dim": 32, "d_state": 64, "pairs": 16},
     "wide": {"rank": 1, "head_dim": 128, "d_state": 256, "pairs": 64},
 }
@@ -72,7 +75,7 @@ def test_every_gradient(dtype, size, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("size", ["siso", "siso groups", "mimo 2", "mimo 4", "mimo 8"])
+@pytest.mark.parametrize("size", ["siso", "siso groups", "mimo 2", "mimo 4", "mimo 8", "mimo 4, 64", "mimo 2, 80"])
 def test_hopper_kernels_are_the_portable_ones(size, packed, monkeypatch):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("not a Hopper GPU")

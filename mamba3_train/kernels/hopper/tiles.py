@@ -215,9 +215,17 @@ def rotation_gradients(v0, v1, v2, d0, d1, d2, fraction, earlier, d_rows, d_phas
     if REST > 0:
         rest = neighbours_by_token(v2.load(product_layout(REST)), CHUNK, RANK, REST).to(gl.float32)
         d2 = neighbours_by_token(d2, CHUNK, RANK, REST)
-        by_rest = gl.sum(gl.reshape(rest * d2, [CHUNK, RANK, REST // PAIRS, PAIRS]), axis=2)
-        by_decay += gl.convert_layout(by_rest, by_decay.type.layout, assert_trivial=True)
-    by_decay = gl.sum(gl.sum(by_decay, axis=2), axis=1)
+        if PAIRS >= 32 and REST >= PAIRS:  # as many neighbours a thread: summed between threads once
+            by_rest = gl.sum(gl.reshape(rest * d2, [CHUNK, RANK, REST // PAIRS, PAIRS]), axis=2)
+            by_decay += gl.convert_layout(by_rest, by_decay.type.layout, assert_trivial=True)
+            by_decay = gl.sum(by_decay, axis=2)
+        else:
+            by_rest = gl.sum(rest * d2, axis=2)
+            by_decay = gl.sum(by_decay, axis=2)
+            by_decay += gl.convert_layout(by_rest, by_decay.type.layout, assert_trivial=True)
+    else:
+        by_decay = gl.sum(by_decay, axis=2)
+    by_decay = gl.sum(by_decay, axis=1)
     gl.store(inner + gl.arange(0, CHUNK, by_decay.type.layout), by_decay)
     cos, sin = turn_of(fraction)
     store_by_row(d_rows, d0 * cos + d1 * sin, D_STATE, PAIRS)
