@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma_wait
 
-from mamba3_train.kernels.hopper.layouts import copy_layout, operand_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.layouts import copy_layout, left_layout, operand_layout, product_layout, row_layout
 from mamba3_train.kernels.hopper.memory import put
 from mamba3_train.kernels.hopper.tiles import dot_onto_state, exp2, turn_of, turned_rows
 
@@ -197,9 +197,11 @@ def start_product(a, rows, slot, s0, s1, s2, decay, rest_decay, PAIRS: gl.conste
     if REST > 0:
         s2 *= rest_decay[:, None]
         third = q2.index(slot)
+    # In registers the left operand is read once for all parts.
+    left = a.permute((1, 0)).load(left_layout(PAIRS))
     fence_async_shared()
     # [P, rows] @ [rows, N] + [P, N] -> [P, N]
-    return dot_onto_state(a.permute((1, 0)), q0.index(slot), q1.index(slot), third, s0, s1, s2, PAIRS, REST)
+    return dot_onto_state(left, q0.index(slot), q1.index(slot), third, s0, s1, s2, PAIRS, REST)
 
 
 @gluon.jit
