@@ -24,6 +24,7 @@ from mamba3_train.kernels.hopper.stream import (
     allocate_stream,
     copy_chunk,
     end_product,
+    hold_bias,
     nothing_whole,
     place_of_walk,
     start_product,
@@ -134,6 +135,8 @@ def hopper_gradient_walk_kernel(
     async_copy.wait_group(0)
     turn, decay, rest_decay = turn_chunk(stream, rows, chunk % 2, bias, False, C_bias is not None, DOCUMENTS,
                                          CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    if C_bias is not None:
+        bias = hold_bias(bias, RANK, PAIRS, REST)
     if WHOLE:
         SLOT: gl.constexpr = HEADS_HERE * SIZE
         states += ((batch * (chunks + 1) + 1) * HEADS_HERE + here) * SIZE  # after each chunk

@@ -26,6 +26,7 @@ from mamba3_train.kernels.hopper.stream import (
     allocate_stream,
     copy_chunk,
     end_product,
+    hold_bias,
     nothing_whole,
     place_of_walk,
     start_product,
@@ -133,6 +134,8 @@ def hopper_state_walk_kernel(
     async_copy.wait_group(0)
     turn, decay, rest_decay = turn_chunk(stream, rows, first % 2, bias, True, B_bias is not None, DOCUMENTS,
                                          CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    if B_bias is not None:
+        bias = hold_bias(bias, RANK, PAIRS, REST)
     if mimo_x is not None:
         v = rows_of_values(tokens.index(first % 2), weight_x, RANK, HEAD_DIM)
         put(values.index(first % 2), v, CHUNK, RANK, HEAD_DIM)

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 
 from mamba3_train.kernels.hopper.layouts import copy_layout, left_layout, operand_layout, product_layout, row_layout
 from mamba3_train.kernels.hopper.memory import put
-from mamba3_train.kernels.hopper.tiles import dot_onto_state, exp2, turn_of, turned_rows
+from mamba3_train.kernels.hopper.tiles import bias_of_rows, dot_onto_state, exp2, turn_of, turned_rows
 
 
 @gluon.jit
@@ -163,6 +163,17 @@ def allocate_rows(dtype: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
 
 
 @gluon.jit
+def hold_bias(bias, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """A head's bias from shared memory to registers, for a whole walk."""
+    b0, b1, b2 = bias
+    b0 = bias_of_rows(b0, RANK, PAIRS)
+    b1 = bias_of_rows(b1, RANK, PAIRS)
+    if REST > 0:
+        b2 = bias_of_rows(b2, RANK, REST)
+    return b0, b1, b2
+
+
+@gluon.jit
 def turn_chunk(stream, rows, slot, bias, TO_END: gl.constexpr, BIAS: gl.constexpr, DOCUMENTS: gl.constexpr,
                CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """What arrived in the stream, plus its bias, turned and scaled, to a slot of `allocate_rows`.
@@ -180,11 +191,12 @@ def turn_chunk(stream, rows, slot, bias, TO_END: gl.constexpr, BIAS: gl.constexp
     q0, q1, q2 = rows
     put(q0.index(slot), k0, CHUNK, RANK, PAIRS)
     put(q1.index(slot), k1, CHUNK, RANK, PAIRS)
+    decay = read_decay(stream, PAIRS)
     rest_decay = 0.0
     if REST > 0:
         put(q2.index(slot), k2, CHUNK, RANK, REST)
-        rest_decay = read_decay(stream, REST)
-    return read_turn(stream, PAIRS), read_decay(stream, PAIRS), rest_decay
+        rest_decay = gl.convert_layout(decay, gl.SliceLayout(1, product_layout(REST)), assert_trivial=True)
+    return read_turn(stream, PAIRS), decay, rest_decay
 
 
 @gluon.jit

@@ -62,22 +62,30 @@ def turned_rows(a0, a1, a2, b0, b1, b2, cos, sin, rest_scale, BIAS: gl.constexpr
                 PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Rows of B or C plus their bias, turned, the rest times rest_scale where it is given."""
     dtype: gl.constexpr = a0.dtype
-    pairs: gl.constexpr = row_layout(PAIRS, RANK)
     first = hold(a0, True).to(gl.float32)
     second = hold(a1, True).to(gl.float32)
     if BIAS:
-        first += read_by_rank(b0, pairs)
-        second += read_by_rank(b1, pairs)
+        first += bias_of_rows(b0, RANK, PAIRS)
+        second += bias_of_rows(b1, RANK, PAIRS)
     a0 = (first * cos - second * sin).to(dtype)
     a1 = (first * sin + second * cos).to(dtype)
     if REST > 0:
         rest = hold(a2, True)
         if BIAS:
-            rest = rest.to(gl.float32) + read_by_rank(b2, row_layout(REST, RANK))
+            rest = rest.to(gl.float32) + bias_of_rows(b2, RANK, REST)
         if rest_scale is not None:
             rest = rest.to(gl.float32) * rest_scale
         a2 = rest.to(dtype)
     return a0, a1, a2
+
+
+@gluon.jit
+def bias_of_rows(bias, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """(1, RANK, WIDTH) of shared memory to fit rows, in float32; what is in registers already as it is."""
+    if isinstance(bias, gl.tensor):
+        return bias
+    else:
+        return read_by_rank(bias, row_layout(WIDTH, RANK))
 
 
 @gluon.jit
