@@ -4,6 +4,7 @@ Heads are taken in passes of `launch.heads`, so the workspace (states, per-head 
 close to the L2 cache. The backward computes most states again, pass by pass.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from mamba3_train.kernels import (
     chunk_state,
     gate,
     head_sum,
+    side_stream,
     state_passing,
     state_walks,
     token_scales,
@@ -176,7 +178,9 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     query_grads = (d_queries, scale_grads["d_phase"], scale_grads["query_inner"])
     place = (sizes.seqlen, sizes.chunks, head)
     _queries(sizes, inputs, kept, before, gate_grads, partial["norm_weight"], d_local, query_grads, norm_eps, place)
-    _sum_heads(sizes, d_queries, grads["C"], partial["C_bias"], head)
+    with side_stream.beside(sizes.device) if sizes.walks_aside else nullcontext():
+        _sum_heads(sizes, d_queries, grads["C"], partial["C_bias"], head)
+    in_use = d_queries if sizes.walks_aside else None
     del d_queries, query_grads
     if sizes.on_hopper:
         ends = d_last, grads["initial"]
@@ -190,7 +194,9 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
             d_local, d_last, before, scales.chunk_decay, scales.phase, d_at_end, d_initial, scale_grads["state_inner"],
             scale_grads["d_chunk_turn"], sizes.chunks, head, sizes.heads_here,
         )  # fmt: skip
-    del before, d_local
+    if sizes.walks_aside:
+        side_stream.join(sizes.device)
+    del before, d_local, in_use
     d_keys = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
     portable = chunk_key.chunk_keys_backward_kernel
     sizes.on_chunks["keys"](
