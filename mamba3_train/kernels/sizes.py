@@ -217,6 +217,12 @@ class Sizes(Given):
         return Launcher(self.walk_whole.grid, options | whole), Launcher(self.walk_spans.grid, options | spans)
 
     @cached_property
+    def span_sums(self) -> tuple[Launcher, Launcher]:
+        """Of what spans add to the state, and to its gradient."""
+        options = self._walk_options
+        return tuple(Launcher(self.walk_spans.grid, options | {"BACK": back}) for back in (False, True))
+
+    @cached_property
     def _walk_options(self) -> dict:
         options = {name: value for name, value in self.on_chunks["states"].options.items() if name != "AHEAD"}
         return options | {"SPAN": self.span}

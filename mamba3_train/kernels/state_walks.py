@@ -24,8 +24,8 @@ def starting_states(sizes: Sizes, inputs: Inputs, scales, keep: bool, last: Tens
 def span_states(sizes: Sizes, inputs: Inputs, scales, last: Tensor | None = None) -> Tensor:
     """The spans' states, and in `last`, (batch, H, P, N) float32, the one after the sequence."""
     sizes = sizes.of_all_heads
-    states, decay, turn = _span_sums(sizes, scales)
-    _walk(sizes.walk_spans, sizes, inputs, scales, 0, sums=states, decay=decay, turn=turn)
+    values = (inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.key_log)
+    states, decay, turn = _span_sums(sizes, scales, values, 0, back=False)
     _pass_spans(sizes, states, inputs.initial, decay, turn, last, 0, backward=False)
     return states
 
@@ -58,31 +58,35 @@ def walk_back(
     place = (sizes.seqlen, sizes.chunks, head)
     found = (d_initial, scale_grads["state_inner"], scale_grads["d_chunk_turn"])
     if sizes.walks_back_whole:
-        walk_whole(kernel, *rows, states, d_last, *found, *[None] * 3, *place)
+        walk_whole(kernel, *rows, states, d_last, *found, *place)
         return
-    d_states, decay, turn = _span_sums(sizes, scales)
-    walk_spans(kernel, *rows, *[None] * 5, d_states, decay, turn, *place)
+    values = (d_y, None, inputs.C, inputs.C_bias, inputs.document_ids, scales.log_decay)
+    d_states, decay, turn = _span_sums(sizes, scales, values, head, back=True)
     _pass_spans(sizes, d_states, d_last, decay, turn, None, head, backward=True)
-    walk_spans(kernel, *rows, states, d_states, *found, *[None] * 3, *place)
+    walk_spans(kernel, *rows, states, d_states, *found, *place)
 
 
-def _walk(
-    launch, sizes, inputs, scales, head, starts=None, before=None, kept=None, last=None,
-    sums=None, decay=None, turn=None,
-):  # fmt: skip
+def _walk(launch, sizes, inputs, scales, head, starts, before, kept=None, last=None):
     launch(
         hopper().state_walk.hopper_state_walk_kernel,
         inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.log_decay, scales.key_log,
-        scales.chunk_decay, scales.phase, starts, before, kept, last, sums, decay, turn,
-        sizes.seqlen, sizes.chunks, head,
+        scales.chunk_decay, scales.phase, starts, before, kept, last, sizes.seqlen, sizes.chunks, head,
     )  # fmt: skip
 
 
-def _span_sums(sizes, scales) -> tuple[Tensor, Tensor, Tensor]:
-    """Place for what each span adds to the state of a pass's heads, for its whole decay, and for its whole turn."""
+def _span_sums(sizes, scales, values, head, back) -> tuple[Tensor, Tensor, Tensor]:
+    """What each span adds to the state of a pass's heads, or to its gradient, its whole decay, and its whole turn."""
     spans = (sizes.batch, sizes.heads_here, sizes.spans)
-    states = sizes.empty(*spans, sizes.head_dim, sizes.d_state)
-    return states, sizes.empty(*spans), sizes.empty(*spans, sizes.pairs, dtype=scales.phase.dtype)
+    found = (
+        sizes.empty(*spans, sizes.head_dim, sizes.d_state),
+        sizes.empty(*spans),
+        sizes.empty(*spans, sizes.pairs, dtype=scales.phase.dtype),
+    )
+    sizes.span_sums[back](
+        hopper().span_sums.hopper_span_sums_kernel,
+        *values, scales.log_decay, scales.chunk_decay, scales.phase, *found, sizes.seqlen, sizes.chunks, head,
+    )  # fmt: skip
+    return found
 
 
 def _pass_spans(sizes, states, first, decay, turn, final, head, backward):

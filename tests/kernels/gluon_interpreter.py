@@ -120,7 +120,9 @@ def pointer(value) -> bool:
 
 
 class Shared:
-    """A tile of shared memory; its views share all but the order of columns."""
+    """A tile of shared memory; its views share all but the order of columns, and which of its rows they are."""
+
+    within = slice(None)
 
     def __init__(self, shape, dtype, value=None):
         self.data = torch.full(shape, math.nan).to(TORCH_DTYPES[dtype])
@@ -137,6 +139,12 @@ class Shared:
         if self.slots is None:
             self.slots = [Shared(self.data.shape[1:], self.dtype) for _ in range(len(self.data))]
         return self.slots[int(slot.data if isinstance(slot, Tensor) else slot)]
+
+    def slice(self, start, length):
+        """Some of a vector, to be read."""
+        part = object.__new__(Shared)
+        part.dtype, part.turned, part.owner, part.within = self.dtype, False, self.owner, slice(start, start + length)
+        return part
 
     def permute(self, order):
         assert tuple(order) == (1, 0), order
@@ -157,7 +165,7 @@ class Shared:
 
     def load(self, layout):
         self.check_readable()
-        return Tensor(self.numbers().clone())
+        return Tensor(self.numbers()[self.within].clone())
 
     def store(self, value):
         assert value.dtype == self.dtype, f"{value.dtype} stored to {self.dtype}"

@@ -1,7 +1,7 @@
 """The gradient of the state at each chunk's end on Hopper: what leads to it and its passing back in one walk.
 
-What a chunk's outputs add to the gradient of the state before it never reaches memory: see `state_walk.py`. All spans
-are walked at a time, first only for what each adds, then from the gradients that they begin with.
+What a chunk's outputs add to the gradient of the state before it never reaches memory: see `state_walk.py`. Whole
+sequences are walked, or all spans at a time, from the gradients that they begin with (`span_sums.py`).
 """
 
 from triton.experimental import gluon
@@ -23,12 +23,11 @@ from mamba3_train.kernels.hopper.stream import (
     allocate_rows,
     allocate_stream,
     copy_chunk,
+    decay_state,
     end_product,
     hold_bias,
-    nothing_whole,
     place_of_walk,
     start_product,
-    store_whole,
     turn_chunk,
 )
 from mamba3_train.kernels.hopper.tiles import cosine_sine, rounded
@@ -84,8 +83,8 @@ def store_inner(inner, d_turn, s0, s1, s2, a0, a1, a2, cos, sin, PAIRS: gl.const
 
 @gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
 def hopper_gradient_walk_kernel(
-    C, C_bias, d_y, document_ids, log_decay, chunk_decay, phase, states, starts, d_initial, inner, d_turn, sums,
-    span_decay, span_turn, seqlen, chunks, head_start,
+    C, C_bias, d_y, document_ids, log_decay, chunk_decay, phase, states, starts, d_initial, inner, d_turn,
+    seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WALK: gl.constexpr,
     INNER_PARTS: gl.constexpr,
@@ -95,14 +94,12 @@ def hopper_gradient_walk_kernel(
     d_y: (batch, HEADS_HERE, rows, P). states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk and after the
     last; that after a chunk is overwritten by its gradient. d_initial, inner, d_turn: as in
     `state_passing_backward_kernel`, the last two in INNER_PARTS parts, one a warp. starts: (batch, HEADS_HERE, walks,
-    P, N) float32, the gradient of the state after each walk. Without `states` only sums are wanted, from zero: the
-    gradient of the state before each walk, like starts, with span_decay and span_turn as in `hopper_state_walk_kernel`.
+    P, N) float32, the gradient of the state after each walk, None for zero.
     """
     STRIDE: gl.constexpr = GROUPS * D_STATE
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     SIZE: gl.constexpr = HEAD_DIM * D_STATE
     FETCH: gl.constexpr = 4
-    WHOLE: gl.constexpr = states is not None
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = d_y.dtype.element_ty
     batch, here, head, first, end, of_head, start, scalars, queries = place_of_walk(
@@ -137,21 +134,19 @@ def hopper_gradient_walk_kernel(
                                          CHUNK, RANK, PAIRS, REST)  # fmt: skip
     if C_bias is not None:
         bias = hold_bias(bias, RANK, PAIRS, REST)
-    if WHOLE:
-        SLOT: gl.constexpr = HEADS_HERE * SIZE
-        states += ((batch * (chunks + 1) + 1) * HEADS_HERE + here) * SIZE  # after each chunk
-        inner += of_head * chunks * INNER_PARTS
-        d_turn += of_head * chunks * (INNER_PARTS * PAIRS)
-        a0, a1, a2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
-        copy_state_to(a0, a1, a2, states + chunk.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
-        async_copy.commit_group()
+    SLOT: gl.constexpr = HEADS_HERE * SIZE
+    states += ((batch * (chunks + 1) + 1) * HEADS_HERE + here) * SIZE  # after each chunk
+    inner += of_head * chunks * INNER_PARTS
+    d_turn += of_head * chunks * (INNER_PARTS * PAIRS)
+    a0, a1, a2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
+    copy_state_to(a0, a1, a2, states + chunk.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
+    async_copy.commit_group()
     following = gl.maximum(chunk - 1, first)
     copy_queries(stream, C, phase, log_decay, chunk_decay, document_ids, following, seqlen,
                  STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
     copy_y(y.index(1 - chunk % 2), d_y, following, HEAD_DIM)
     async_copy.commit_group()
 
-    whole_decay, whole_turn = nothing_whole(phase, PAIRS)
     for i in range(first, end):
         chunk = end - 1 - (i - first)
         slot = chunk % 2
@@ -160,24 +155,18 @@ def hopper_gradient_walk_kernel(
         turned = s0 * cos[None, :] - s1 * sin[None, :]
         s1 = s1 * cos[None, :] + s0 * sin[None, :]
         s0 = turned
-        if sums is not None:
-            whole_decay *= decay
-            whole_turn += turn
-        if WHOLE:
-            async_copy.wait_group(1)  # the state, not yet the next chunk
-            store_inner(inner + chunk * INNER_PARTS, d_turn + chunk * (INNER_PARTS * PAIRS), s0, s1, s2, a0, a1, a2,
-                        cos, sin, PAIRS, REST, INNER_PARTS)  # fmt: skip
-            store_mixed(states + chunk.to(gl.int64) * SLOT, s0, s1, s2, PAIRS, REST)
+        async_copy.wait_group(1)  # the state, not yet the next chunk
+        store_inner(inner + chunk * INNER_PARTS, d_turn + chunk * (INNER_PARTS * PAIRS), s0, s1, s2, a0, a1, a2,
+                    cos, sin, PAIRS, REST, INNER_PARTS)  # fmt: skip
+        store_mixed(states + chunk.to(gl.int64) * SLOT, s0, s1, s2, PAIRS, REST)
         of_y = y.index(slot)
-        s0, s1, s2 = start_product(of_y, rows, slot, s0, s1, s2, decay, rest_decay, PAIRS, REST)
+        s0, s1, s2 = decay_state(s0, s1, s2, decay, rest_decay, REST)
+        s0, s1, s2 = start_product(of_y, rows, slot, s0, s1, s2, PAIRS, REST)
         # Meanwhile the next chunk's rows; behind the walk's first chunk they are that one's once more.
-        if WHOLE:
-            next = gl.maximum(chunk - 1, first)
-            copy_state_to(a0, a1, a2, states + next.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
-            async_copy.commit_group()
-            async_copy.wait_group(1)  # the next chunk, not yet the state
-        else:
-            async_copy.wait_group(0)
+        next = gl.maximum(chunk - 1, first)
+        copy_state_to(a0, a1, a2, states + next.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
+        async_copy.commit_group()
+        async_copy.wait_group(1)  # the next chunk, not yet the state
         turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, False, C_bias is not None, DOCUMENTS,
                                              CHUNK, RANK, PAIRS, REST)  # fmt: skip
         following = gl.maximum(chunk - 2, first)
@@ -186,8 +175,7 @@ def hopper_gradient_walk_kernel(
         soon = gl.maximum(chunk - FETCH, first)
         fetch_ahead(phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2)
         fetch_ahead(d_y + soon.to(gl.int64) * (64 * HEAD_DIM), 64 * HEAD_DIM * 2)
-        if WHOLE:
-            fetch_ahead(states + soon.to(gl.int64) * SLOT, SIZE * 2)
+        fetch_ahead(states + soon.to(gl.int64) * SLOT, SIZE * 2)
         s0, s1, s2 = end_product(of_y, rows, slot, s0, s1, s2, REST)
         copy_y(y.index(slot), d_y, following, HEAD_DIM)
         async_copy.commit_group()
@@ -195,6 +183,3 @@ def hopper_gradient_walk_kernel(
     if d_initial is not None:  # noqa: SIM102 (the compiler decides the one, the program the other)
         if first == 0:
             store_state(d_initial + of_head * SIZE, s0, s1, s2, PAIRS, REST)
-    if sums is not None:
-        store_state(sums + of_walk * SIZE, s0, s1, s2, PAIRS, REST)
-        store_whole(span_decay, span_turn, of_walk, whole_decay, whole_turn, PAIRS)

@@ -2,9 +2,8 @@
 
 What a chunk adds to the state never reaches memory: the matrix units add it to the state in registers. The walk is a
 chain, so what the next chunk needs is on its way meanwhile. Where there are heads enough, the forward walks a head's
-whole sequence in one program and keeps the state at every SPAN chunks. Otherwise all spans are walked at a time, first
-only for what each adds to the state (`span_passing` hands it on), then from the states that they begin with, as the
-backward always does.
+whole sequence in one program and keeps the state at every SPAN chunks. Otherwise all spans are walked at a time from
+the states that they begin with (`span_sums.py`), as the backward always does.
 """
 
 from triton.experimental import gluon
@@ -25,12 +24,11 @@ from mamba3_train.kernels.hopper.stream import (
     allocate_rows,
     allocate_stream,
     copy_chunk,
+    decay_state,
     end_product,
     hold_bias,
-    nothing_whole,
     place_of_walk,
     start_product,
-    store_whole,
     turn_chunk,
 )
 from mamba3_train.kernels.hopper.tiles import cosine_sine, rows_of_values
@@ -76,8 +74,8 @@ def fetch_walk(x, phase, BYTES: gl.constexpr, TOKEN_STRIDE: gl.constexpr, left, 
 
 @gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
 def hopper_state_walk_kernel(
-    x, mimo_x, B, B_bias, document_ids, log_decay, key_log, chunk_decay, phase, starts, before, kept, last, sums,
-    span_decay, span_turn, seqlen, chunks, head_start,
+    x, mimo_x, B, B_bias, document_ids, log_decay, key_log, chunk_decay, phase, starts, before, kept, last,
+    seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
     TOKEN_STRIDE: gl.constexpr, SPAN: gl.constexpr, WALK: gl.constexpr,
@@ -85,9 +83,7 @@ def hopper_state_walk_kernel(
     """Programs: heads of the pass, batch, and walks of WALK chunks, or of all of them where WALK is 0.
 
     starts: (batch, HEADS, walks, P, N) float32, None for zero. before: (batch, chunks + 1, HEADS_HERE, P, N). kept:
-    (batch, HEADS, spans, P, N) and last: (batch, HEADS, P, N), float32. sums: (batch, HEADS_HERE, walks, P, N) float32,
-    the state that each walk ends with, span_decay (batch, HEADS_HERE, walks) and span_turn (…, PAIRS) its whole decay
-    and turn. All results None where they are not wanted.
+    (batch, HEADS, spans, P, N) and last: (batch, HEADS, P, N), float32; None where they are not wanted.
     """
     STRIDE: gl.constexpr = GROUPS * D_STATE
     REST: gl.constexpr = D_STATE - 2 * PAIRS
@@ -106,7 +102,6 @@ def hopper_state_walk_kernel(
     x += start * TOKEN_STRIDE + head * HEAD_DIM
     if DOCUMENTS:
         document_ids += start
-    of_walk = (batch * HEADS_HERE + here) * gl.num_programs(2) + gl.program_id(2)
     if before is not None:
         before += ((batch * (chunks + 1) + first) * HEADS_HERE + here) * SIZE
     if kept is not None:
@@ -147,18 +142,15 @@ def hopper_state_walk_kernel(
     if kept is not None:
         keep_start(kept, first, s0, s1, s2, SPAN, PAIRS, REST)
 
-    whole_decay, whole_turn = nothing_whole(phase, PAIRS)
     for chunk in range(first, end):
         slot = chunk % 2
         of_value = values.index(slot)
         if before is not None:
             store_mixed(before, s0, s1, s2, PAIRS, REST)
             before += HEADS_HERE * SIZE
-        s0, s1, s2 = start_product(of_value, rows, slot, s0, s1, s2, decay, rest_decay, PAIRS, REST)
+        s0, s1, s2 = decay_state(s0, s1, s2, decay, rest_decay, REST)
+        s0, s1, s2 = start_product(of_value, rows, slot, s0, s1, s2, PAIRS, REST)
         cos, sin = cosine_sine(turn, True)
-        if sums is not None:
-            whole_decay *= decay
-            whole_turn += turn
         # Meanwhile the next chunk's rows; behind the last chunk they are the last one's once more.
         async_copy.wait_group(0)
         turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, True, B_bias is not None, DOCUMENTS,
@@ -189,6 +181,3 @@ def hopper_state_walk_kernel(
     if last is not None:  # noqa: SIM102
         if end == chunks:
             store_state(last + of_head * SIZE, s0, s1, s2, PAIRS, REST)
-    if sums is not None:
-        store_state(sums + of_walk * SIZE, s0, s1, s2, PAIRS, REST)
-        store_whole(span_decay, span_turn, of_walk, whole_decay, whole_turn, PAIRS)

@@ -181,33 +181,98 @@ def turn_chunk(stream, rows, slot, bias, TO_END: gl.constexpr, BIAS: gl.constexp
     Returns the chunk's whole turn and its decay, the latter to fit the first two parts and the third.
     """
     k0, k1, k2, fraction = read_rows(stream, RANK, PAIRS, REST)
-    cos, sin = turn_of(fraction)
     scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(PAIRS, RANK))
     rest_scale = None
     if REST > 0:
         rest_scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(REST, RANK))
-    b0, b1, b2 = bias
-    k0, k1, k2 = turned_rows(k0, k1, k2, b0, b1, b2, cos * scale, sin * scale, rest_scale, BIAS, RANK, PAIRS, REST)
-    q0, q1, q2 = rows
-    put(q0.index(slot), k0, CHUNK, RANK, PAIRS)
-    put(q1.index(slot), k1, CHUNK, RANK, PAIRS)
+    put_turned(rows, slot, k0, k1, k2, bias, fraction, scale, rest_scale, BIAS, CHUNK, RANK, PAIRS, REST)
     decay = read_decay(stream, PAIRS)
     rest_decay = 0.0
     if REST > 0:
-        put(q2.index(slot), k2, CHUNK, RANK, REST)
         rest_decay = gl.convert_layout(decay, gl.SliceLayout(1, product_layout(REST)), assert_trivial=True)
     return read_turn(stream, PAIRS), decay, rest_decay
 
 
 @gluon.jit
-def start_product(a, rows, slot, s0, s1, s2, decay, rest_decay, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """Start a state's decay by a chunk and its sum with aᵀ @ the chunk's rows."""
+def put_turned(rows, slot, k0, k1, k2, bias, fraction, scale, rest_scale, BIAS: gl.constexpr, CHUNK: gl.constexpr,
+               RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """`turned_rows` to a slot of `allocate_rows`."""
+    cos, sin = turn_of(fraction)
+    b0, b1, b2 = bias
+    k0, k1, k2 = turned_rows(k0, k1, k2, b0, b1, b2, cos * scale, sin * scale, rest_scale, BIAS, RANK, PAIRS, REST)
     q0, q1, q2 = rows
+    put(q0.index(slot), k0, CHUNK, RANK, PAIRS)
+    put(q1.index(slot), k1, CHUNK, RANK, PAIRS)
+    if REST > 0:
+        put(q2.index(slot), k2, CHUNK, RANK, REST)
+
+
+@gluon.jit
+def nothing_passed(phase, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Turn (PAIRS,) and decay, CHUNK times, of no chunk, to fit a chunk's rows; the decay also for their third part."""
+    pairs: gl.constexpr = row_layout(PAIRS, RANK)
+    turn = gl.zeros([PAIRS], phase.dtype.element_ty, gl.SliceLayout(0, gl.SliceLayout(1, pairs)))
+    decay = gl.zeros([CHUNK], gl.float32, gl.SliceLayout(1, gl.SliceLayout(2, pairs))) + 1.0
+    rest_decay = 1.0
+    if REST > 0:
+        rest: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, row_layout(REST, RANK)))
+        rest_decay = gl.zeros([CHUNK], gl.float32, rest) + 1.0
+    return turn, decay, rest_decay
+
+
+@gluon.jit
+def turn_chunk_in_span(stream, rows, slot, bias, passed, BACK: gl.constexpr, BIAS: gl.constexpr,
+                       DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr,
+                       REST: gl.constexpr):  # fmt: skip
+    """`turn_chunk` in the frame where the span begins (BACK) or ends, past the turn and decay `passed` on the way.
+
+    Returns `passed` with this chunk's.
+    """
+    turn, decay, rest_decay = passed
+    k0, k1, k2, fraction = read_rows(stream, RANK, PAIRS, REST)
+    _, _, _, _, turns, _, _, decays, _, _ = stream
+    decays = decays.slice(0, CHUNK)
+    own = turns.load(turn.type.layout)
+    if BACK:
+        fraction += turn[None, :]
+        turn += own
+    else:
+        turn += own
+        fraction -= turn[None, :]
+    scale = read_scale(stream, not BACK, DOCUMENTS, row_layout(PAIRS, RANK)) * decay[:, None, None]
+    decay *= decays.load(decay.type.layout)
+    rest_scale = None
+    if REST > 0:
+        rest_scale = read_scale(stream, not BACK, DOCUMENTS, row_layout(REST, RANK)) * rest_decay[:, None, None]
+        rest_decay *= decays.load(rest_decay.type.layout)
+    put_turned(rows, slot, k0, k1, k2, bias, fraction, scale, rest_scale, BIAS, CHUNK, RANK, PAIRS, REST)
+    return turn, decay, rest_decay
+
+
+@gluon.jit
+def store_passed(span_decay, span_turn, passed, CHUNK: gl.constexpr, PAIRS: gl.constexpr):
+    """A span's whole decay and turn."""
+    turn, decay, _ = passed
+    gl.store(span_decay + 0 * gl.arange(0, CHUNK, decay.type.layout), decay)
+    gl.store(span_turn + gl.arange(0, PAIRS, turn.type.layout), turn)
+
+
+@gluon.jit
+def decay_state(s0, s1, s2, decay, rest_decay, REST: gl.constexpr):
+    """A state's decay by a chunk."""
     s0 *= decay[:, None]
     s1 *= decay[:, None]
-    third = 0.0
     if REST > 0:
         s2 *= rest_decay[:, None]
+    return s0, s1, s2
+
+
+@gluon.jit
+def start_product(a, rows, slot, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Start a state's sum with aᵀ @ a chunk's rows."""
+    q0, q1, q2 = rows
+    third = 0.0
+    if REST > 0:
         third = q2.index(slot)
     # In registers the left operand is read once for all parts.
     left = a.permute((1, 0)).load(left_layout(PAIRS))
@@ -224,23 +289,3 @@ def end_product(a, rows, slot, s0, s1, s2, REST: gl.constexpr):
     if REST > 0:
         s2 = warpgroup_mma_wait(0, [s2, q2.index(slot)])[0]
     return s0, s1, s2
-
-
-@gluon.constexpr_function
-def turn_type(dtype):
-    """What turns are summed in: fractions of 16 bit go round by themselves."""
-    return gl.int32 if dtype == gl.int16 else gl.float32
-
-
-@gluon.jit
-def nothing_whole(phase, PAIRS: gl.constexpr):
-    """Decay and turn of no chunk."""
-    ones = gl.zeros([64], gl.float32, gl.SliceLayout(1, product_layout(PAIRS))) + 1.0
-    return ones, gl.zeros([PAIRS], turn_type(phase.dtype.element_ty), gl.SliceLayout(0, product_layout(PAIRS)))
-
-
-@gluon.jit
-def store_whole(span_decay, span_turn, of_walk, decay, turn, PAIRS: gl.constexpr):
-    """A walk's whole decay, which is there 64 times, and turn."""
-    gl.store(span_decay + of_walk + 0 * gl.arange(0, 64, decay.type.layout), decay)
-    gl.store(span_turn + of_walk * PAIRS + gl.arange(0, PAIRS, turn.type.layout), turn.to(span_turn.dtype.element_ty))
