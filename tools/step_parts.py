@@ -12,7 +12,7 @@ from mamba3_train.model.cost import Cost
 
 # Part of a step by words in the name of a GPU kernel; the first that matches counts.
 PARTS = {
-    "scan": ("chunk_", "_walk_kernel", "state_passing", "span_passing", "span_sums", "token_scales", "head_sum", "gate_backward"),
+    "scan": ("chunk_", "_walk_kernel", "state_passing", "span_", "token_scales", "head_sum", "gate_backward"),
     "loss": ("cross_entropy", "softmax", "SoftMax", "nll_loss"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
     "attention": ("flash", "fmha", "attention"),
