@@ -219,7 +219,7 @@ class Sizes(Given):
     @cached_property
     def span_sums(self) -> tuple[Launcher, Launcher]:
         """Of what spans add to the state, and to its gradient."""
-        options = self._walk_options
+        options = {name: v for name, v in self.walk_spans.options.items() if name != "SPAN"}
         return tuple(Launcher(self.walk_spans.grid, options | {"BACK": back}) for back in (False, True))
 
     @cached_property

@@ -19,6 +19,7 @@ from mamba3_train.kernels.hopper.stream import (
     end_product,
     hold_bias,
     nothing_passed,
+    place_of_walk,
     start_product,
     store_passed,
     turn_chunk_in_span,
@@ -48,9 +49,9 @@ def hopper_span_sums_kernel(
     seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
-    TOKEN_STRIDE: gl.constexpr, SPAN: gl.constexpr, BACK: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, WALK: gl.constexpr, BACK: gl.constexpr,
 ):  # fmt: skip
-    """Programs: heads of the pass, batch, and spans of SPAN chunks.
+    """Programs: heads of the pass, batch, and spans of WALK chunks.
 
     values, rows, rows_bias, log: x, B, B_bias and key_log, of the state where a span ends; with BACK d_y, (batch,
     HEADS_HERE, rows, P), C, C_bias and log_decay, of the gradient where it begins, and mimo_x is None. sums: (batch,
@@ -62,17 +63,12 @@ def hopper_span_sums_kernel(
     FETCH: gl.constexpr = 4
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = values.dtype.element_ty
-    here = gl.program_id(0)
-    batch = gl.program_id(1).to(gl.int64)
-    head = head_start + here
-    start = batch * seqlen
-    of_head = batch * HEADS + head
+    batch, here, head, first, end, of_head, start, scalars, of_rows = place_of_walk(
+        seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
+    )
     of_pass = batch * HEADS_HERE + here
     of_span = of_pass * gl.num_programs(2) + gl.program_id(2)
-    scalars = of_head * chunks * CHUNK
-    first = gl.program_id(2) * SPAN
-    end = gl.minimum(first + SPAN, chunks)
-    rows += start * (RANK * STRIDE) + head // (HEADS // GROUPS) * D_STATE
+    rows += of_rows
     log += scalars
     log_decay += scalars
     phase += scalars * PAIRS
