@@ -60,12 +60,12 @@ def state_tiles(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr
 
 @gluon.jit
 def store_mixed(state, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """A state (P, N) to memory, rounded to what is there, each part's columns `mixed`."""
-    D_STATE: gl.constexpr = 2 * PAIRS + REST
-    store_neighbours(state, neighbours(s0, PAIRS), D_STATE, PAIRS)
-    store_neighbours(state + PAIRS, neighbours(s1, PAIRS), D_STATE, PAIRS)
+    """A state (P, N) to memory, rounded to what is there: one part behind the other, so that whole lines of 128 bytes are
+    stored and copied, each part's columns `mixed`."""
+    store_neighbours(state, neighbours(s0, PAIRS), PAIRS, PAIRS)
+    store_neighbours(state + 64 * PAIRS, neighbours(s1, PAIRS), PAIRS, PAIRS)
     if REST > 0:
-        store_neighbours(state + 2 * PAIRS, neighbours(s2, REST), D_STATE, REST)
+        store_neighbours(state + 128 * PAIRS, neighbours(s2, REST), REST, REST)
 
 
 @gluon.jit
@@ -77,9 +77,8 @@ def read_mixed(tile, WIDTH: gl.constexpr):
 
 @gluon.jit
 def copy_state_to(t0, t1, t2, state, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """Start copying a state (P, N) in three parts into shared memory that is there already."""
-    D_STATE: gl.constexpr = 2 * PAIRS + REST
-    copy_tile_to(t0, state, None, HEAD_DIM, D_STATE, PAIRS)
-    copy_tile_to(t1, state + PAIRS, None, HEAD_DIM, D_STATE, PAIRS)
+    """Start copying a state that was stored so into shared memory that is there already."""
+    copy_tile_to(t0, state, None, HEAD_DIM, PAIRS, PAIRS)
+    copy_tile_to(t1, state + HEAD_DIM * PAIRS, None, HEAD_DIM, PAIRS, PAIRS)
     if REST > 0:
-        copy_tile_to(t2, state + 2 * PAIRS, None, HEAD_DIM, D_STATE, REST)
+        copy_tile_to(t2, state + 2 * HEAD_DIM * PAIRS, None, HEAD_DIM, REST, REST)
