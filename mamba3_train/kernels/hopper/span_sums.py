@@ -92,7 +92,7 @@ def hopper_span_sums_kernel(
     if mimo_x is not None:
         tiles = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], operand_layout(64, HEAD_DIM, dtype))
     s0, s1, s2 = zero_state(HEAD_DIM, PAIRS, REST)
-    passed = nothing_passed(phase, CHUNK, RANK, PAIRS, REST)
+    passed = nothing_passed(phase, RANK, PAIRS, REST)
 
     # From where the span begins on the way back, otherwise from its end.
     origin = first if BACK else end - 1
@@ -138,4 +138,4 @@ def hopper_span_sums_kernel(
     s0, s1, s2 = start_product(of_value, turned, slot, s0, s1, s2, PAIRS, REST)
     s0, s1, s2 = end_product(of_value, turned, slot, s0, s1, s2, REST)
     store_state(sums + of_span * (HEAD_DIM * D_STATE), s0, s1, s2, PAIRS, REST)
-    store_passed(span_decay + of_span, span_turn + of_span * PAIRS, passed, CHUNK, PAIRS)
+    store_passed(span_decay + of_span, span_turn + of_span * PAIRS, passed, PAIRS)

@@ -50,7 +50,7 @@ def each_layout():
 @gluon.jit
 def allocate_stream(B, phase, DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr,
                     REST: gl.constexpr):  # fmt: skip
-    """Shared memory for a chunk: three parts of rows, phases, the last of them, four vectors of scales and ids."""
+    """Shared memory for a chunk: three parts of rows, phases, the last of them, scales and ids, or one number of them."""
     dtype: gl.constexpr = B.dtype.element_ty
     turn: gl.constexpr = phase.dtype.element_ty
     k0 = gl.allocate_shared_memory(dtype, [CHUNK, RANK, PAIRS], plain_layout(3))
@@ -61,14 +61,14 @@ def allocate_stream(B, phase, DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK
     phases = gl.allocate_shared_memory(turn, [CHUNK, PAIRS], plain_layout(2))
     turns = gl.allocate_shared_memory(turn, [PAIRS], plain_layout(1))
     logs = gl.allocate_shared_memory(gl.float32, [CHUNK], plain_layout(1))
-    ends = gl.allocate_shared_memory(gl.float32, [CHUNK], plain_layout(1))
-    decays = gl.allocate_shared_memory(gl.float32, [64], plain_layout(1))
+    end = gl.allocate_shared_memory(gl.float32, [1], plain_layout(1))
+    decay = gl.allocate_shared_memory(gl.float32, [1], plain_layout(1))
     ids = 0
-    edges = 0
+    edge = 0
     if DOCUMENTS:
         ids = gl.allocate_shared_memory(gl.int32, [CHUNK], plain_layout(1))
-        edges = gl.allocate_shared_memory(gl.int32, [CHUNK], plain_layout(1))
-    return k0, k1, k2, phases, turns, logs, ends, decays, ids, edges
+        edge = gl.allocate_shared_memory(gl.int32, [1], plain_layout(1))
+    return k0, k1, k2, phases, turns, logs, end, decay, ids, edge
 
 
 @gluon.jit
@@ -78,7 +78,7 @@ def copy_chunk(stream, rows, phase, log, end, decay, id, edge, left, STRIDE: gl.
 
     rows, phase, log, id: pointers to the chunk's first; end, decay, edge: to one number. end, id, edge may be None.
     """
-    k0, k1, k2, phases, turns, logs, ends, decays, ids, edges = stream
+    k0, k1, k2, phases, turns, logs, of_end, of_decay, ids, of_edge = stream
     copy_rows(k0, rows, left, STRIDE, CHUNK, RANK, PAIRS)
     copy_rows(k1, rows + PAIRS, left, STRIDE, CHUNK, RANK, PAIRS)
     if REST > 0:
@@ -91,12 +91,13 @@ def copy_chunk(stream, rows, phase, log, end, decay, id, edge, left, STRIDE: gl.
     async_copy.async_copy_global_to_shared(turns, last)
     token = gl.arange(0, CHUNK, each_layout())
     async_copy.async_copy_global_to_shared(logs, log + token)
+    one = gl.arange(0, 1, each_layout())
     if end is not None:
-        async_copy.async_copy_global_to_shared(ends, end + 0 * token)
-    async_copy.async_copy_global_to_shared(decays, decay + 0 * gl.arange(0, 64, each_layout()))
+        async_copy.async_copy_global_to_shared(of_end, end + one)
+    async_copy.async_copy_global_to_shared(of_decay, decay + one)
     if id is not None:
         async_copy.async_copy_global_to_shared(ids, id + gl.minimum(token, left - 1))
-        async_copy.async_copy_global_to_shared(edges, edge + 0 * token)
+        async_copy.async_copy_global_to_shared(of_edge, edge + one)
 
 
 @gluon.jit
@@ -126,14 +127,14 @@ def read_rows(stream, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexp
 @gluon.jit
 def read_scale(stream, TO_END: gl.constexpr, DOCUMENTS: gl.constexpr, layout: gl.constexpr):
     """Each token's decay to the chunk's end or since its start, (CHUNK, 1, 1); 0 where a document begins in between."""
-    _, _, _, _, _, logs, ends, _, ids, edges = stream
+    _, _, _, _, _, logs, end, _, ids, edge = stream
     slice: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
     log = logs.load(slice)
     if TO_END:
-        log = ends.load(slice) - log
+        log = end.load(slice) - log
     scale = exp2(log, True)
     if DOCUMENTS:
-        scale = gl.where(ids.load(slice) == edges.load(slice), scale, 0.0)
+        scale = gl.where(ids.load(slice) == edge.load(slice), scale, 0.0)
     return scale[:, None, None]
 
 
@@ -146,9 +147,9 @@ def read_turn(stream, PAIRS: gl.constexpr):
 
 @gluon.jit
 def read_decay(stream, WIDTH: gl.constexpr):
-    """A chunk's whole decay, 64 times, to fit a product."""
-    _, _, _, _, _, _, _, decays, _, _ = stream
-    return decays.load(gl.SliceLayout(1, product_layout(WIDTH)))
+    """A chunk's whole decay, (1,), to fit a product."""
+    _, _, _, _, _, _, _, decay, _, _ = stream
+    return decay.load(gl.SliceLayout(1, product_layout(WIDTH)))
 
 
 @gluon.jit
@@ -208,15 +209,15 @@ def put_turned(rows, slot, k0, k1, k2, bias, fraction, scale, rest_scale, BIAS: 
 
 
 @gluon.jit
-def nothing_passed(phase, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """Turn (PAIRS,) and decay, CHUNK times, of no chunk, to fit a chunk's rows; the decay also for their third part."""
+def nothing_passed(phase, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Turn (PAIRS,) and decay (1,) of no chunk, to fit a chunk's rows; the decay also for their third part."""
     pairs: gl.constexpr = row_layout(PAIRS, RANK)
     turn = gl.zeros([PAIRS], phase.dtype.element_ty, gl.SliceLayout(0, gl.SliceLayout(1, pairs)))
-    decay = gl.zeros([CHUNK], gl.float32, gl.SliceLayout(1, gl.SliceLayout(2, pairs))) + 1.0
+    decay = gl.zeros([1], gl.float32, gl.SliceLayout(1, gl.SliceLayout(2, pairs))) + 1.0
     rest_decay = 1.0
     if REST > 0:
         rest: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, row_layout(REST, RANK)))
-        rest_decay = gl.zeros([CHUNK], gl.float32, rest) + 1.0
+        rest_decay = gl.zeros([1], gl.float32, rest) + 1.0
     return turn, decay, rest_decay
 
 
@@ -230,8 +231,7 @@ def turn_chunk_in_span(stream, rows, slot, bias, passed, BACK: gl.constexpr, BIA
     """
     turn, decay, rest_decay = passed
     k0, k1, k2, fraction = read_rows(stream, RANK, PAIRS, REST)
-    _, _, _, _, turns, _, _, decays, _, _ = stream
-    decays = decays.slice(0, CHUNK)
+    _, _, _, _, turns, _, _, of_chunk, _, _ = stream
     own = turns.load(turn.type.layout)
     if BACK:
         fraction += turn[None, :]
@@ -240,20 +240,20 @@ def turn_chunk_in_span(stream, rows, slot, bias, passed, BACK: gl.constexpr, BIA
         turn += own
         fraction -= turn[None, :]
     scale = read_scale(stream, not BACK, DOCUMENTS, row_layout(PAIRS, RANK)) * decay[:, None, None]
-    decay *= decays.load(decay.type.layout)
+    decay *= of_chunk.load(decay.type.layout)
     rest_scale = None
     if REST > 0:
         rest_scale = read_scale(stream, not BACK, DOCUMENTS, row_layout(REST, RANK)) * rest_decay[:, None, None]
-        rest_decay *= decays.load(rest_decay.type.layout)
+        rest_decay *= of_chunk.load(rest_decay.type.layout)
     put_turned(rows, slot, k0, k1, k2, bias, fraction, scale, rest_scale, BIAS, CHUNK, RANK, PAIRS, REST)
     return turn, decay, rest_decay
 
 
 @gluon.jit
-def store_passed(span_decay, span_turn, passed, CHUNK: gl.constexpr, PAIRS: gl.constexpr):
+def store_passed(span_decay, span_turn, passed, PAIRS: gl.constexpr):
     """A span's whole decay and turn."""
     turn, decay, _ = passed
-    gl.store(span_decay + 0 * gl.arange(0, CHUNK, decay.type.layout), decay)
+    gl.store(span_decay + gl.arange(0, 1, decay.type.layout), decay)
     gl.store(span_turn + gl.arange(0, PAIRS, turn.type.layout), turn)
 
 
