@@ -293,6 +293,7 @@ def unary(function):
 
 ASSEMBLER = {
     "mov.b32": lambda tile: tile,
+    "prmt.b32": unary(lambda numbers: (numbers.int() & 0xFFFF).float() + 2.0**23),
     "cvt.rn.bf16x2.f32": unary(lambda numbers: numbers.bfloat16().float()),
     "ex2.approx.ftz.f32": unary(torch.exp2),
     "rcp.approx.ftz.f32": unary(torch.reciprocal),
@@ -396,6 +397,7 @@ language = namespace(
     minimum=binary(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
     maximum=binary(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b))),
     rsqrt=unary(torch.rsqrt),
+    fma=lambda one, other, third: Tensor((one.data.double() * other + third).float()),
     allocate_shared_memory=lambda dtype, shape, layout, value=None: Shared(shape, dtype, value),
     BlockedLayout=ignored, SliceLayout=ignored, NVMMADistributedLayout=ignored, DotOperandLayout=ignored,
     DistributedLinearLayout=ignored, SwizzledSharedLayout=ignored, NVMMASharedLayout=namespace(get_default_for=ignored),

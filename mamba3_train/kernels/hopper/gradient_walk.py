@@ -151,7 +151,7 @@ def hopper_gradient_walk_kernel(
         chunk = end - 1 - (i - first)
         slot = chunk % 2
         # Into the chunk's own frame.
-        cos, sin = cosine_sine(turn, True)
+        cos, sin = cosine_sine(turn)
         turned = s0 * cos[None, :] - s1 * sin[None, :]
         s1 = s1 * cos[None, :] + s0 * sin[None, :]
         s0 = turned

@@ -150,7 +150,7 @@ def hopper_state_walk_kernel(
             before += HEADS_HERE * SIZE
         s0, s1, s2 = decay_state(s0, s1, s2, decay, rest_decay, REST)
         s0, s1, s2 = start_product(of_value, rows, slot, s0, s1, s2, PAIRS, REST)
-        cos, sin = cosine_sine(turn, True)
+        cos, sin = cosine_sine(turn)
         # Meanwhile the next chunk's rows; behind the last chunk they are the last one's once more.
         async_copy.wait_group(0)
         turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, True, B_bias is not None, DOCUMENTS,

@@ -28,7 +28,6 @@ from mamba3_train.kernels.hopper.memory import (
 )
 
 exp2 = gluon.jit(tiles.exp2.fn)
-cosine_sine = gluon.jit(tiles.cosine_sine.fn)
 hold = gluon.jit(tiles.hold.fn)
 
 
@@ -51,9 +50,28 @@ def rounded(tile, dtype: gl.constexpr):
 
 
 @gluon.jit
+def cosine_sine(fraction):
+    """Cosine and sine of a fraction of a turn, int16 in units of 2⁻¹⁶; or float32, of turns, in an interpreter.
+
+    As the last bits of a float from 2²³ on an integer is not converted, which would be the unit's of sine and cosine, too.
+    """
+    if fraction.dtype == gl.int16:
+        shifted = gl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0x4b00, 0x5410; prmt.b32 $1, $2, 0x4b00, 0x5432;",
+            "=f,=f,r", [fraction], gl.float32, True, 2,
+        )  # fmt: skip
+        angle = gl.fma(shifted, 9.58738019107841e-05, -804.2477416992188)  # π / 2¹⁵ and -π · 2⁸, as float32 has π
+    else:
+        angle = fraction * 6.283185307179586
+    cos = gl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], gl.float32, True, 1)
+    sin = gl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], gl.float32, True, 1)
+    return cos, sin
+
+
+@gluon.jit
 def turn_of(fraction):
     """Cosine and sine of (CHUNK, pairs) phases, to fit (CHUNK, RANK, pairs)."""
-    cos, sin = cosine_sine(fraction, True)
+    cos, sin = cosine_sine(fraction)
     return cos[:, None, :], sin[:, None, :]
 
 
