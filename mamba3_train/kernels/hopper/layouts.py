@@ -108,7 +108,11 @@ def operand_layout(rows, width, dtype):
 
 
 @gluon.constexpr_function
-def weight_layout(bits, rank, for_product):
-    """In shared memory, for a head's (RANK, width) weights: ranks in other banks, read by 16 bytes or in pairs."""
+def weight_layout(bits, width, rank, for_product):
+    """In shared memory, for a head's (RANK, width) weights: ranks in other banks, read by eight a thread or in pairs."""
+    if bits == 32 and width == 64 and not for_product:
+        # Eight threads read a rank's 16 bytes at a distance of 32: those lie side by side.
+        ranks = [[1, 8], [2, 16], [4, 32]][: rank.bit_length() - 1]
+        return gl.SharedLinearLayout([[0, 1], [0, 2], [0, 8], [0, 16], [0, 32], [0, 4], *ranks])
     vector = (8 if for_product else 4) * 32 // bits
     return gl.SwizzledSharedLayout(vector, 1, min(rank, 4), [1, 0])

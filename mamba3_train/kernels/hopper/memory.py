@@ -116,7 +116,7 @@ def copy_weights(source, STRIDE: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.con
     dtype: gl.constexpr = source.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
     layout: gl.constexpr = copy_layout(WIDTH, BITS)
-    tile = gl.allocate_shared_memory(dtype, [RANK, WIDTH], weight_layout(BITS, RANK, FOR_PRODUCT))
+    tile = gl.allocate_shared_memory(dtype, [RANK, WIDTH], weight_layout(BITS, WIDTH, RANK, FOR_PRODUCT))
     rank = gl.arange(0, RANK, gl.SliceLayout(1, layout))[:, None]
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
     async_copy.async_copy_global_to_shared(tile, source + rank * STRIDE + column)
