@@ -38,6 +38,7 @@ from mamba3_train.kernels.hopper.tiles import (
     dot_onto_state,
     dot_over_state,
     hold,
+    load_by_phase,
     load_pair_scales,
     rotation_gradients,
     scale_tokens,
@@ -147,7 +148,7 @@ def hopper_chunk_keys_backward_kernel(
     # From the state: [rows, P] @ [P, N] -> [rows, N]
     d0, d1, d2 = dot_from_state(v, s0, s1, s2, PAIRS, REST)
     to = d_phase + rows // RANK * PAIRS
-    by_queries = load_by_token(to, PAIRS, CHUNK, PAIRS, turned)
+    by_queries = load_by_phase(to, CHUNK, RANK, PAIRS)
     fraction = load_by_token(phase + scalars * PAIRS, PAIRS, CHUNK, PAIRS, turned)
     d0, d1 = warpgroup_mma_wait(0, [d0, d1, s0, s1, v])[:2]
     d0 = scale_tokens(d0, to_end, CHUNK, RANK, PAIRS)

@@ -83,6 +83,26 @@ def neighbour_layout(width, rank=None):
 
 
 @gluon.constexpr_function
+def share_layout(width, rank):
+    """For (CHUNK, RANK, width / RANK): `neighbour_layout` after ranks have shared each eight neighbours among them."""
+
+    def row(bit):
+        return [bit // rank, 0, 0] if bit >= rank else [0, bit, 0]
+
+    def columns(first, behind):
+        return [[0, 0, first << i] for i in range((behind // first).bit_length() - 1)]
+
+    left = 8 // rank
+    return gl.DistributedLinearLayout(
+        [*columns(1, left), row(8), *columns(4 * left, width // rank)],
+        [[0, 0, left], [0, 0, 2 * left], row(1), row(2), row(4)],
+        [row(16), row(32)],
+        [],
+        [64 // rank, rank, width // rank],
+    )
+
+
+@gluon.constexpr_function
 def pair_layout(rank):
     """`product_layout(64)` of two chunks' rows seen as (CHUNK, RANK, CHUNK, RANK)."""
 

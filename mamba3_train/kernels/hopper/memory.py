@@ -20,6 +20,7 @@ from mamba3_train.kernels.hopper.layouts import (
     operand_layout,
     product_layout,
     row_layout,
+    share_layout,
     weight_layout,
 )
 
@@ -277,11 +278,11 @@ def store_tokens(target, tile, scratch, left, STRIDE: gl.constexpr, CHUNK: gl.co
 def store_sums_of_ranks(target, tile, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
                         WIDTH: gl.constexpr):  # fmt: skip
     """`store_tokens` of 2, 4 or 8 ranks: each thread ends with its share of the columns instead of all of them."""
-    tile = fold_ranks(tile, 1, CHUNK, RANK, WIDTH)
+    tile = fold_ranks(tile, 1, WIDTH // 2, CHUNK, RANK, WIDTH)
     if RANK > 2:
-        tile = fold_ranks(tile, 2, CHUNK, RANK, WIDTH // 2)
+        tile = fold_ranks(tile, 2, WIDTH // 4, CHUNK, RANK, WIDTH // 2)
     if RANK > 4:
-        tile = fold_ranks(tile, 4, CHUNK, RANK, WIDTH // 4)
+        tile = fold_ranks(tile, 4, WIDTH // 8, CHUNK, RANK, WIDTH // 4)
     layout: gl.constexpr = tile.type.layout
     token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     rank = gl.arange(0, RANK, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
@@ -291,16 +292,47 @@ def store_sums_of_ranks(target, tile, left, STRIDE: gl.constexpr, CHUNK: gl.cons
 
 
 @gluon.jit
-def fold_ranks(tile, BIT: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
-    """Sum (CHUNK, RANK, WIDTH) over pairs of ranks that differ in a bit: the first half of the columns stays with the
-    one, the second with the other, (CHUNK, RANK, WIDTH / 2).
+def fold_ranks(tile, BIT: gl.constexpr, COLUMN: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+               WIDTH: gl.constexpr):  # fmt: skip
+    """Sum (CHUNK, RANK, WIDTH) over pairs of ranks that differ in BIT: columns without COLUMN, a power of two that a
+    thread holds with and without, stay with the one rank, those with it go to the other, (CHUNK, RANK, WIDTH / 2).
 
     A whole sum of four ranks passes two numbers a number between threads, this three quarters of one.
     """
-    halves = gl.permute(gl.reshape(tile, [CHUNK, RANK, 2, WIDTH // 2]), (0, 1, 3, 2))
+    halves = gl.permute(gl.reshape(tile, [CHUNK, RANK, WIDTH // (2 * COLUMN), 2, COLUMN]), (0, 1, 2, 4, 3))
     first, second = gl.split(halves)
+    first = gl.reshape(first, [CHUNK, RANK, WIDTH // 2])
+    second = gl.reshape(second, [CHUNK, RANK, WIDTH // 2])
     rank = gl.arange(0, RANK, gl.SliceLayout(0, gl.SliceLayout(2, first.type.layout)))[None, :, None]
     return gl.inline_asm_elementwise(exchange(BIT), "=f,f,f,r", [first, second, rank & BIT], gl.float32, False, 1)
+
+
+@gluon.jit
+def neighbour_shares(tile, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """Sums over ranks of (CHUNK, RANK, WIDTH) in a `neighbour_layout`, in its `share_layout`: (CHUNK, RANK, WIDTH / RANK).
+
+    Of eight neighbours rank r has 4 (r & 1) + 2 (r / 2 & 1) + (r / 4 & 1) and, below rank 8, those behind it.
+    """
+    tile = fold_ranks(tile, 1, 4, CHUNK, RANK, WIDTH)
+    if RANK > 2:
+        tile = fold_ranks(tile, 2, 2, CHUNK, RANK, WIDTH // 2)
+    if RANK > 4:
+        tile = fold_ranks(tile, 4, 1, CHUNK, RANK, WIDTH // 4)
+    return gl.convert_layout(tile, share_layout(WIDTH, RANK), assert_trivial=True)
+
+
+@gluon.jit
+def in_shares(CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    """Where the numbers of `neighbour_shares` belong in (CHUNK, WIDTH)."""
+    layout: gl.constexpr = share_layout(WIDTH, RANK)
+    token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    rank = gl.arange(0, RANK, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    column = gl.arange(0, WIDTH // RANK, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    left: gl.constexpr = 8 // RANK
+    column = column // left * 8 + column % left + rank % 2 * 4 + rank // 2 % 2 * 2
+    if RANK > 4:
+        column += rank // 4
+    return token * WIDTH + column
 
 
 @gluon.constexpr_function

@@ -19,7 +19,10 @@ from mamba3_train.kernels.hopper.layouts import (
 from mamba3_train.kernels.hopper.memory import (
     by_row,
     by_token,
+    in_shares,
+    load_by_token,
     mixed,
+    neighbour_shares,
     read_by_rank,
     read_by_token,
     share,
@@ -220,12 +223,27 @@ def scale_tokens(product, scale, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH:
     return by_row(by_token(product, CHUNK, RANK, WIDTH) * scale, CHUNK, RANK, WIDTH)
 
 
+@gluon.constexpr_function
+def shares_phases(rank, pairs):
+    """Whether ranks share the sums over them: where a thread has eight neighbours."""
+    return rank > 1 and pairs >= 32
+
+
+@gluon.jit
+def load_by_phase(d_phase, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr):
+    """A chunk's gradients by phase, as `rotation_gradients` takes them."""
+    if shares_phases(RANK, PAIRS):
+        return gl.load(d_phase + in_shares(CHUNK, RANK, PAIRS))
+    else:
+        return load_by_token(d_phase, PAIRS, CHUNK, PAIRS, neighbour_layout(PAIRS, RANK))
+
+
 @gluon.jit
 def rotation_gradients(v0, v1, v2, d0, d1, d2, fraction, earlier, d_rows, d_phase, inner, CHUNK: gl.constexpr,
                        RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Turn the gradients d of turned rows v back and store them, what they give by phase, and ⟨v, d⟩.
 
-    fraction: phases, earlier: gradients by phase to add, or None; both in a slice of `neighbour_layout`. See
+    fraction: phases in a slice of `neighbour_layout`, earlier: gradients by phase to add, of `load_by_phase`, or None. See
     `rotation_gradients`, `rotate_back` in `kernels/tiles.py`.
     """
     D_STATE: gl.constexpr = 2 * PAIRS + REST
@@ -233,10 +251,17 @@ def rotation_gradients(v0, v1, v2, d0, d1, d2, fraction, earlier, d_rows, d_phas
     second = neighbours_by_token(v1.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS).to(gl.float32)
     d0 = neighbours_by_token(d0, CHUNK, RANK, PAIRS)
     d1 = neighbours_by_token(d1, CHUNK, RANK, PAIRS)
-    by_angle = gl.sum(first * d1 - second * d0, axis=1)
-    if earlier is not None:
-        by_angle += earlier
-    store_by_token(d_phase, by_angle, CHUNK, PAIRS, CHUNK, PAIRS)
+    by_angle = first * d1 - second * d0
+    if shares_phases(RANK, PAIRS):
+        by_angle = neighbour_shares(by_angle, CHUNK, RANK, PAIRS)
+        if earlier is not None:
+            by_angle += earlier
+        gl.store(d_phase + in_shares(CHUNK, RANK, PAIRS), by_angle)
+    else:
+        by_angle = gl.sum(by_angle, axis=1)
+        if earlier is not None:
+            by_angle += earlier
+        store_by_token(d_phase, by_angle, CHUNK, PAIRS, CHUNK, PAIRS)
     by_decay = first * d0 + second * d1
     if REST > 0:
         rest = neighbours_by_token(v2.load(product_layout(REST)), CHUNK, RANK, REST).to(gl.float32)
