@@ -218,9 +218,10 @@ class Sizes(Given):
 
     @cached_property
     def span_sums(self) -> tuple[Launcher, Launcher]:
-        """Of what spans add to the state, and to its gradient."""
+        """Of what spans add to the state, and to its gradient: but the one behind which nobody asks for it."""
         options = {name: v for name, v in self.walk_spans.options.items() if name != "SPAN"}
-        return tuple(Launcher(self.walk_spans.grid, options | {"BACK": back}) for back in (False, True))
+        grid = self.heads_here, self.batch, self.spans - 1
+        return tuple(Launcher(grid, options | {"BACK": back}) for back in (False, True))
 
     @cached_property
     def _walk_options(self) -> dict:

@@ -16,7 +16,7 @@ AHEAD = 4
 
 @triton.jit(do_not_specialize=["spans", "head_start"])
 def span_passing_kernel(
-    states, first, decay, turn, final, spans, head_start,
+    states, first, decay, turn, spans, head_start,
     HEADS: tl.constexpr, HEADS_HERE: tl.constexpr, HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, PAIRS: tl.constexpr,
     ROWS: tl.constexpr, COLUMN_PAIRS: tl.constexpr, AHEAD: tl.constexpr, BACKWARD: tl.constexpr,
     HARDWARE: tl.constexpr,
@@ -24,8 +24,8 @@ def span_passing_kernel(
     """states: (batch, HEADS_HERE, spans, P, N) float32: what each span adds to the state (BACKWARD: to the gradient
     of the state before it); becomes the state before it (BACKWARD: the gradient of the state after it).
 
-    first, final: (batch, HEADS, P, N) float32, what the walk begins and ends with, None for zero and for not wanted.
-    decay: (batch, HEADS_HERE, spans); turn: (…, PAIRS), 16-bit fractions of a turn.
+    What the last span adds (BACKWARD: the first) may be anything. first: (batch, HEADS, P, N) float32, what the walk
+    begins with, None for zero. decay: (batch, HEADS_HERE, spans); turn: (…, PAIRS), 16-bit fractions of a turn.
     """
     SIZE: tl.constexpr = HEAD_DIM * D_STATE
     here = tl.program_id(1)
@@ -65,6 +65,3 @@ def span_passing_kernel(
             turned = a * cos + b * sin
             b = left * (b * cos - a * sin) + sum_b
             a = left * turned + sum_a
-    if final is not None:
-        tl.store(final + of_all, a)
-        tl.store(final + of_all + second, b)

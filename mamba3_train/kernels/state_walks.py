@@ -14,35 +14,38 @@ from mamba3_train.kernels.launch import hopper
 from mamba3_train.kernels.sizes import Sizes
 
 
-def starting_states(sizes: Sizes, inputs: Inputs, scales, keep: bool, last: Tensor) -> Tensor | None:
-    """The spans' states and the last one; before walks along whole sequences only the place for them, if kept."""
+def starting_states(sizes: Sizes, inputs: Inputs, scales, keep: bool) -> Tensor | None:
+    """The spans' states; before walks along whole sequences only the place for them, if kept."""
     if sizes.walks_whole:
         return sizes.empty(*sizes.kept_states) if keep else None
-    return span_states(sizes, inputs, scales, last)
+    return span_states(sizes, inputs, scales)
 
 
-def span_states(sizes: Sizes, inputs: Inputs, scales, last: Tensor | None = None) -> Tensor:
-    """The spans' states, and in `last`, (batch, H, P, N) float32, the one after the sequence."""
+def span_states(sizes: Sizes, inputs: Inputs, scales) -> Tensor:
+    """The state before each span."""
     sizes = sizes.of_all_heads
     values = (inputs.x, inputs.mimo_x, inputs.B, inputs.B_bias, inputs.document_ids, scales.key_log)
     states, decay, turn = _span_sums(sizes, scales, values, 0, back=False)
-    _pass_spans(sizes, states, inputs.initial, decay, turn, last, 0, backward=False)
+    _pass_spans(sizes, states, inputs.initial, decay, turn, 0, backward=False)
     return states
 
 
 def walk(sizes: Sizes, inputs: Inputs, scales, head: int, states: Tensor | None, last: Tensor) -> Tensor:
-    """The state before each chunk and after the last, (batch, chunks + 1, heads, P, N), of a pass of the forward."""
+    """The state before each chunk and after the last, (batch, chunks + 1, heads, P, N), of a pass of the forward.
+
+    last: (batch, H, P, N) float32, takes the state after the sequence.
+    """
     if not sizes.walks_whole:
-        return walk_spans(sizes, inputs, scales, head, states)
+        return walk_spans(sizes, inputs, scales, head, states, last)
     before = sizes.state_slots(sizes.chunks + 1)
     _walk(sizes.walk_whole, sizes, inputs, scales, head, inputs.initial, before, states, last)
     return before
 
 
-def walk_spans(sizes: Sizes, inputs: Inputs, scales, head: int, states: Tensor) -> Tensor:
+def walk_spans(sizes: Sizes, inputs: Inputs, scales, head: int, states: Tensor, last: Tensor | None = None) -> Tensor:
     """The same from the spans' states, of any pass."""
     before = sizes.state_slots(sizes.chunks + 1)
-    _walk(sizes.walk_spans, sizes, inputs, scales, head, states, before)
+    _walk(sizes.walk_spans, sizes, inputs, scales, head, states, before, last=last)
     return before
 
 
@@ -62,7 +65,7 @@ def walk_back(
         return
     values = (d_y, None, inputs.C, inputs.C_bias, inputs.document_ids, scales.log_decay)
     d_states, decay, turn = _span_sums(sizes, scales, values, head, back=True)
-    _pass_spans(sizes, d_states, d_last, decay, turn, None, head, backward=True)
+    _pass_spans(sizes, d_states, d_last, decay, turn, head, backward=True)
     walk_spans(kernel, *rows, states, d_states, *found, *place)
 
 
@@ -75,20 +78,22 @@ def _walk(launch, sizes, inputs, scales, head, starts, before, kept=None, last=N
 
 
 def _span_sums(sizes, scales, values, head, back) -> tuple[Tensor, Tensor, Tensor]:
-    """What each span adds to the state of a pass's heads, or to its gradient, its whole decay, and its whole turn."""
+    """What each span but the last, or going back the first, adds to the state of a pass's heads, or to its gradient, its
+    whole decay, and its whole turn."""
     spans = (sizes.batch, sizes.heads_here, sizes.spans)
     found = (
         sizes.empty(*spans, sizes.head_dim, sizes.d_state),
         sizes.empty(*spans),
         sizes.empty(*spans, sizes.pairs, dtype=scales.phase.dtype),
     )
-    sizes.span_sums[back](
-        hopper().span_sums.hopper_span_sums_kernel,
-        *values, scales.log_decay, scales.chunk_decay, scales.phase, *found, sizes.seqlen, sizes.chunks, head,
-    )  # fmt: skip
+    if sizes.spans > 1:
+        sizes.span_sums[back](
+            hopper().span_sums.hopper_span_sums_kernel,
+            *values, scales.log_decay, scales.chunk_decay, scales.phase, *found, sizes.seqlen, sizes.chunks, head,
+        )  # fmt: skip
     return found
 
 
-def _pass_spans(sizes, states, first, decay, turn, final, head, backward):
+def _pass_spans(sizes, states, first, decay, turn, head, backward):
     kernel = span_passing.span_passing_kernel
-    sizes.span_passing[backward](kernel, states, first, decay, turn, final, sizes.spans, head)
+    sizes.span_passing[backward](kernel, states, first, decay, turn, sizes.spans, head)

@@ -58,7 +58,7 @@ def scan_forward(
     out = sizes.empty(*inputs.x.shape, dtype=sizes.dtype)
     kept_y = torch.empty_like(out) if keep and sizes.keeps_y else None
     last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
-    states = state_walks.starting_states(sizes, inputs, scales, keep, last) if sizes.on_hopper else None
+    states = state_walks.starting_states(sizes, inputs, scales, keep) if sizes.on_hopper else None
     for head in sizes.passes:
         if sizes.on_hopper:
             before = state_walks.walk(sizes, inputs, scales, head, states, last)

@@ -103,7 +103,7 @@ def hopper_gradient_walk_kernel(
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = d_y.dtype.element_ty
     batch, here, head, first, end, of_head, start, scalars, queries = place_of_walk(
-        seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
+        gl.program_id(2), seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
     )
     of_pass = batch * HEADS_HERE + here
     of_walk = of_pass * gl.num_programs(2) + gl.program_id(2)

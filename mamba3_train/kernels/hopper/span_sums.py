@@ -51,7 +51,7 @@ def hopper_span_sums_kernel(
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
     TOKEN_STRIDE: gl.constexpr, WALK: gl.constexpr, BACK: gl.constexpr,
 ):  # fmt: skip
-    """Programs: heads of the pass, batch, and spans of WALK chunks.
+    """Programs: heads of the pass, batch, and spans of WALK chunks, but the last one, or with BACK the first.
 
     values, rows, rows_bias, log: x, B, B_bias and key_log, of the state where a span ends; with BACK d_y, (batch,
     HEADS_HERE, rows, P), C, C_bias and log_decay, of the gradient where it begins, and mimo_x is None. sums: (batch,
@@ -63,11 +63,12 @@ def hopper_span_sums_kernel(
     FETCH: gl.constexpr = 4
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = values.dtype.element_ty
+    span = gl.program_id(2) + BACK
     batch, here, head, first, end, of_head, start, scalars, of_rows = place_of_walk(
-        seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
+        span, seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
     )
     of_pass = batch * HEADS_HERE + here
-    of_span = of_pass * gl.num_programs(2) + gl.program_id(2)
+    of_span = of_pass * (gl.num_programs(2) + 1) + span
     rows += of_rows
     log += scalars
     log_decay += scalars

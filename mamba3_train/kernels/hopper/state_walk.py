@@ -92,7 +92,7 @@ def hopper_state_walk_kernel(
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = x.dtype.element_ty
     batch, here, head, first, end, of_head, start, scalars, keys = place_of_walk(
-        seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
+        gl.program_id(2), seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
     )
     B += keys
     log_decay += scalars
