@@ -196,11 +196,6 @@ class Sizes(Given):
         return self.batch * self.heads_here >= FEWEST_WALKS
 
     @cached_property
-    def walks_aside(self) -> bool:
-        """Whether the walk back leaves so much of the GPU idle that a sum over heads runs at the same time."""
-        return self.on_hopper and self.walks_back_whole and self.device.type == "cuda"
-
-    @cached_property
     def walk_whole(self) -> Launcher:
         return Launcher((self.heads_here, self.batch, 1), self._walk_options | {"WALK": 0})
 

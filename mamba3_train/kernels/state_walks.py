@@ -78,8 +78,10 @@ def _walk(launch, sizes, inputs, scales, head, starts, before, kept=None, last=N
 
 
 def _span_sums(sizes, scales, values, head, back) -> tuple[Tensor, Tensor, Tensor]:
-    """What each span but the last, or going back the first, adds to the state of a pass's heads, or to its gradient, its
-    whole decay, and its whole turn."""
+    """What each span adds to the state of a pass's heads, or to its gradient, its whole decay, and its whole turn.
+
+    Not of the last span, or going back of the first.
+    """
     spans = (sizes.batch, sizes.heads_here, sizes.spans)
     found = (
         sizes.empty(*spans, sizes.head_dim, sizes.d_state),

@@ -4,7 +4,6 @@ Heads are taken in passes of `launch.heads`, so the workspace (states, per-head 
 close to the L2 cache. The backward computes most states again, pass by pass.
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,13 +16,13 @@ from mamba3_train.kernels import (
     chunk_state,
     gate,
     head_sum,
-    side_stream,
     state_passing,
     state_walks,
     token_scales,
 )
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import Launch, hopper
+from mamba3_train.kernels.side_stream import SideStream
 from mamba3_train.kernels.sizes import Sizes
 
 
@@ -109,8 +108,11 @@ def scan_backward(
     if sizes.inner_parts > sizes.passing_programs:
         scale_grads["state_inner"].zero_()
     partial = _partial_sums(sizes, inputs)
+    # Sums over heads, which wait for memory, run beside walks.
+    aside = SideStream(sizes.device if sizes.on_hopper and sizes.device.type == "cuda" else None)
     for head in sizes.passes:
-        _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, scale_grads, partial)
+        _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, scale_grads, partial, aside)
+    aside.join()
     over = (0, 1, 2) if sizes.fixed_angles else 0
     grads["angles"] = None if inputs.angles is None else grads["angles"].sum(over)
     grads |= {name: None if tensor is None else tensor.sum((0, 1)) for name, tensor in partial.items()}
@@ -162,7 +164,7 @@ def pass_states(sizes: Sizes, inputs: Inputs, scales: Scales, local: Tensor, hea
     return before
 
 
-def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, scale_grads, partial):
+def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, scale_grads, partial, aside):
     """All gradients of one pass's heads; those of B and C are added to the earlier passes'."""
     scales = kept.scales
     if sizes.on_hopper:
@@ -170,6 +172,7 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     else:
         last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
         before = compute_states(sizes, inputs, scales, head, last)
+    aside.join()
     rows = (sizes.batch, sizes.heads_here, sizes.padded * sizes.rank)
     d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
     d_local = None if sizes.on_hopper else sizes.state_slots(sizes.chunks)
@@ -178,9 +181,8 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     query_grads = (d_queries, scale_grads["d_phase"], scale_grads["query_inner"])
     place = (sizes.seqlen, sizes.chunks, head)
     _queries(sizes, inputs, kept, before, gate_grads, partial["norm_weight"], d_local, query_grads, norm_eps, place)
-    with side_stream.beside(sizes.device) if sizes.walks_aside else nullcontext():
+    with aside.beside(d_queries):
         _sum_heads(sizes, d_queries, grads["C"], partial["C_bias"], head)
-    in_use = d_queries if sizes.walks_aside else None
     del d_queries, query_grads
     if sizes.on_hopper:
         ends = d_last, grads["initial"]
@@ -194,9 +196,8 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
             d_local, d_last, before, scales.chunk_decay, scales.phase, d_at_end, d_initial, scale_grads["state_inner"],
             scale_grads["d_chunk_turn"], sizes.chunks, head, sizes.heads_here,
         )  # fmt: skip
-    if sizes.walks_aside:
-        side_stream.join(sizes.device)
-    del before, d_local, in_use
+    aside.join()
+    del before, d_local
     d_keys = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
     portable = chunk_key.chunk_keys_backward_kernel
     sizes.on_chunks["keys"](
@@ -205,7 +206,8 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
         *scales[:3], scales.phase, d_at_end, d_y, grads["x"], d_keys, scale_grads["d_phase"],
         scale_grads["key_inner"], scale_grads["d_diagonal"], partial["D"], partial["mimo_x"], *place,
     )  # fmt: skip
-    _sum_heads(sizes, d_keys, grads["B"], partial["B_bias"], head)
+    with aside.beside(d_keys):
+        _sum_heads(sizes, d_keys, grads["B"], partial["B_bias"], head)
     _scales_backward(sizes, inputs, head, grads, scale_grads)
 
 

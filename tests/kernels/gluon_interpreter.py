@@ -400,7 +400,8 @@ language = namespace(
     fma=lambda one, other, third: Tensor((one.data.double() * other + third).float()),
     allocate_shared_memory=lambda dtype, shape, layout, value=None: Shared(shape, dtype, value),
     BlockedLayout=ignored, SliceLayout=ignored, NVMMADistributedLayout=ignored, DotOperandLayout=ignored,
-    DistributedLinearLayout=ignored, SwizzledSharedLayout=ignored, SharedLinearLayout=ignored, NVMMASharedLayout=namespace(get_default_for=ignored),
+    DistributedLinearLayout=ignored, SwizzledSharedLayout=ignored, SharedLinearLayout=ignored,
+    NVMMASharedLayout=namespace(get_default_for=ignored),
 )  # fmt: skip
 copies = namespace(
     async_copy_global_to_shared=async_copy_global_to_shared, commit_group=commit_group, wait_group=wait_group

@@ -129,7 +129,7 @@ def operand_layout(rows, width, dtype):
 
 @gluon.constexpr_function
 def weight_layout(bits, width, rank, for_product):
-    """In shared memory, for a head's (RANK, width) weights: ranks in other banks, read by eight a thread or in pairs."""
+    """In shared memory, for a head's (RANK, width) weights, read by eight or two a thread: ranks in other banks."""
     if bits == 32 and width == 64 and not for_product:
         # Eight threads read a rank's 16 bytes at a distance of 32: those lie side by side.
         ranks = [[1, 8], [2, 16], [4, 32]][: rank.bit_length() - 1]

@@ -309,7 +309,7 @@ def fold_ranks(tile, BIT: gl.constexpr, COLUMN: gl.constexpr, CHUNK: gl.constexp
 
 @gluon.jit
 def neighbour_shares(tile, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
-    """Sums over ranks of (CHUNK, RANK, WIDTH) in a `neighbour_layout`, in its `share_layout`: (CHUNK, RANK, WIDTH / RANK).
+    """Sums over ranks of (CHUNK, RANK, WIDTH) in a `neighbour_layout`: (CHUNK, RANK, WIDTH / RANK) in `share_layout`.
 
     Of eight neighbours rank r has 4 (r & 1) + 2 (r / 2 & 1) + (r / 4 & 1) and, below rank 8, those behind it.
     """

@@ -60,8 +60,10 @@ def state_tiles(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr
 
 @gluon.jit
 def store_mixed(state, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """A state (P, N) to memory, rounded to what is there: one part behind the other, so that whole lines of 128 bytes are
-    stored and copied, each part's columns `mixed`."""
+    """A state (P, N) to memory, rounded to what is there, each part's columns `mixed`.
+
+    One part lies behind the other, so that whole lines of 128 bytes are stored and copied.
+    """
     store_neighbours(state, neighbours(s0, PAIRS), PAIRS, PAIRS)
     store_neighbours(state + 64 * PAIRS, neighbours(s1, PAIRS), PAIRS, PAIRS)
     if REST > 0:

@@ -18,8 +18,8 @@ def place_of_walk(walk, seqlen, chunks, head_start, HEADS: gl.constexpr, HEADS_H
                   D_STATE: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WALK: gl.constexpr):  # fmt: skip
     """A program's row of the batch, head of the pass and of all, its chunks first to end, and where its row begins.
 
-    walk: among the row's, of WALK chunks each, 0 for all. of_head: the head among all rows', start: the row's first token among all,
-    scalars: its first number in what has one a token and head, padded, rows: its first row of B and C.
+    walk: among the row's, of WALK chunks each, 0 for all. of_head: the head among all rows', start: the row's first
+    token among all, scalars: its first number in what has one a token and head, padded, rows: its first of B and C.
     """
     here = gl.program_id(0)
     batch = gl.program_id(1).to(gl.int64)
@@ -50,7 +50,7 @@ def each_layout():
 @gluon.jit
 def allocate_stream(B, phase, DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr,
                     REST: gl.constexpr):  # fmt: skip
-    """Shared memory for a chunk: three parts of rows, phases, the last of them, scales and ids, or one number of them."""
+    """Shared memory for a chunk: three parts of rows, phases, the last of them, scales and ids or one of them."""
     dtype: gl.constexpr = B.dtype.element_ty
     turn: gl.constexpr = phase.dtype.element_ty
     k0 = gl.allocate_shared_memory(dtype, [CHUNK, RANK, PAIRS], plain_layout(3))

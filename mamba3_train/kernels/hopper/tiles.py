@@ -56,7 +56,7 @@ def rounded(tile, dtype: gl.constexpr):
 def cosine_sine(fraction):
     """Cosine and sine of a fraction of a turn, int16 in units of 2⁻¹⁶; or float32, of turns, in an interpreter.
 
-    As the last bits of a float from 2²³ on an integer is not converted, which would be the unit's of sine and cosine, too.
+    As the last bits of a float from 2²³ on an integer needs no conversion, which the unit of sine and cosine would do.
     """
     if fraction.dtype == gl.int16:
         shifted = gl.inline_asm_elementwise(
@@ -243,8 +243,8 @@ def rotation_gradients(v0, v1, v2, d0, d1, d2, fraction, earlier, d_rows, d_phas
                        RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Turn the gradients d of turned rows v back and store them, what they give by phase, and ⟨v, d⟩.
 
-    fraction: phases in a slice of `neighbour_layout`, earlier: gradients by phase to add, of `load_by_phase`, or None. See
-    `rotation_gradients`, `rotate_back` in `kernels/tiles.py`.
+    fraction: phases in a slice of `neighbour_layout`, earlier: of `load_by_phase`, gradients by phase to add, or None.
+    See `rotation_gradients`, `rotate_back` in `kernels/tiles.py`.
     """
     D_STATE: gl.constexpr = 2 * PAIRS + REST
     first = neighbours_by_token(v0.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS).to(gl.float32)
