@@ -41,18 +41,23 @@ def scaled_accuracy(
 def plot_accuracy(curves: dict[str, list[dict[int, float]]], path: Path, title: str, trained_to: int) -> None:
     """Write a PNG of scaled accuracy over length: for each name the mean of its curves, and each of them thinly."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, runs in curves.items():
+    for later, (name, runs) in zip(reversed(range(len(curves))), curves.items(), strict=True):
         lengths = sorted(runs[0])
         mean = [sum(run[length] for run in runs) / len(runs) for length in lengths]
-        (line,) = axes.plot(lengths, mean, "o-", label=name, markersize=4)
+        # The earlier the larger, so that of points in one place each is seen.
+        (line,) = axes.plot(lengths, mean, "o-", label=name, markersize=4 + 2 * later)
         for run in runs if len(runs) > 1 else ():
             axes.plot(lengths, [run[length] for length in lengths], color=line.get_color(), alpha=0.3, linewidth=0.8)
     axes.axvline(trained_to, color="grey", linestyle=":", label="longest in training")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="length of the document", ylabel="accuracy (0: chance)", title=title, ylim=(-0.1, 1.05))
+    measured = sorted({length for runs in curves.values() for run in runs for length in run})
+    axes.set_xticks(measured, measured)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="length of the document", ylabel="accuracy (0 %: chance)", title=title, ylim=(-0.1, 1.05))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
