@@ -129,23 +129,56 @@ def test_parity():
             assert float(shown) == pytest.approx(100 * value, abs=0.051)
 
 
-def test_recipes_on_gpus():
-    runs = json.loads((RESULTS / "recipes_h200.json").read_text())["runs"]
-    synthetic = [run for run in runs if run["recipe"] != "compare_small"]
-    losses = {(r["recipe"], r["variant"]): r["val_loss_by_step"][str(r["steps"])] for r in synthetic}
-    rows = table("docs/evaluation.md", r"^\| `(\w+)` \| (\w+) \| ([\d.]+) \|$")
-    assert {row[:2] for row in rows} == set(losses)
-    for recipe, variant, loss in rows:
-        assert float(loss) == pytest.approx(losses[recipe, variant], abs=0.00051)
+def recipes(*names):
+    """What was recorded on H200s of these recipes: runs, and what answers that know less would score."""
+    groups = json.loads((RESULTS / "recipes_h200.json").read_text())["groups"]
+    rows = [row for group in groups for row in group["runs"] + group.get("guesses", [])]
+    return [row for row in rows if row["recipe"] in names]
+
+
+def test_accuracies_on_gpus():
+    head, line = r"^\| `(\w+)` ((?:\| \d+ )+)\|.*\n\|[-|]+\n", r"(?:\| .+ \|\n)"
+    tables = table("docs/evaluation.md", f"{head}({line}+)")
+    assert [recipe for recipe, *_ in tables] == ["mod_arithmetic", "mod_arithmetic_brackets", "needle"]
+    for recipe, lengths, lines in tables:
+        lengths = lengths.strip("| ").split(" | ")
+        shown = [text.strip("| ").split(" | ") for text in lines.splitlines()]
+        recorded = {row.get("variant") or row["guess"]: row["scaled_accuracy"] for row in recipes(recipe)}
+        assert [name for name, *_ in shown] == list(recorded)
+        for name, *cells in shown:
+            for length, cell in zip(lengths, cells, strict=False):  # some have a column of the paper's
+                assert float(cell) == pytest.approx(100 * recorded[name][length], abs=0.051)
+            assert len(cells) >= len(lengths) == len(recorded[name])
+
+
+def test_accuracies_in_the_readme():
+    flat = {run["variant"]: run["scaled_accuracy"] for run in recipes("mod_arithmetic")}
+    nested, needle = recipes("mod_arithmetic_brackets")[0], recipes("needle")[0]
+    assert (nested["variant"], needle["variant"]) == ("mamba3", "pure")
+    recorded = [flat.pop("mamba3")["255"], max(accuracy["255"] for accuracy in flat.values())]
+    recorded += [needle["scaled_accuracy"]["512"], *(nested["scaled_accuracy"][length] for length in ("40", "80"))]
+    flat_shares = r"accuracy ([\d.]+) % at 255 tokens the other variants at most ([\d.]+)\)"
+    shares = rf"{flat_shares}[^%]*\(([\d.]+) % at 512\)[^%]*?([\d.]+) % at 40 tokens and ([\d.]+) at 80"
+    (shown,) = table("README.md", shares)
+    assert [float(cell) for cell in shown] == pytest.approx([100 * share for share in recorded], abs=0.051)
+
+
+def test_width_of_the_state():
+    row = r"^\| ((?:siso|mimo)_\d+)" + 7 * r" \| ([\d.]+)" + r" \|$"
+    shown, recorded = table("docs/evaluation.md", row), recipes("compare_state_size")
+    assert [name for name, *_ in shown] == [run["variant"] for run in recorded]
+    for run, (_, *losses, training) in zip(recorded, shown, strict=True):
+        assert [float(loss) for loss in losses] == pytest.approx([*run["val_loss_by_step"].values()], abs=0.00051)
+        assert float(training) == pytest.approx(run["train_loss_by_step"][str(run["steps"])], abs=0.00051)
 
 
 def test_small_language_models():
-    runs = json.loads((RESULTS / "recipes_h200.json").read_text())["runs"]
+    runs = recipes("compare_small")
     names = "transformer|like_mamba2|mamba3_siso|mamba3_mimo"
     rows = table("docs/evaluation.md", rf"^\| ({names})" + 5 * r" \|(?: ([\d.]+) ± ([\d.]+))?" + r" \|$")
     assert len(rows) == 4
     for variant, *cells in rows:
-        seeds = [run for run in runs if (run["recipe"], run["variant"]) == ("compare_small", variant)]
+        seeds = [run for run in runs if run["variant"] == variant]
         assert len(seeds) == 3
         for step, mean, deviation in zip((250, 500, 750, 1000, 1500), cells[::2], cells[1::2], strict=True):
             found = [run["val_loss_by_step"][str(step)] for run in seeds if str(step) in run["val_loss_by_step"]]
