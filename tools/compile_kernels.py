@@ -66,7 +66,7 @@ SIZES = {
 
 def meta_inputs(heads, head_dim, d_state, rank, pairs, dtype, documents=False, norm=False, columns=0):
     """columns: x and z are columns of a projection of that width, as in the model, not tensors of their own."""
-    batch, seqlen = 2, 256
+    batch, seqlen = 2, 4096  # several spans of a walk
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")

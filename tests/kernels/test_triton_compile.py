@@ -15,14 +15,14 @@ from mamba3_train.kernels.launch import wrong_descriptors
 ROOT = Path(__file__).parents[2]
 
 
-# Walks go along whole sequences, and from kept states (at rank 1 of more heads in the forward than on the way back).
-@pytest.mark.parametrize(("size", "walks"), [("siso_documents_norm", 3), ("mimo4_documents_norm", 2)])
-def test_kernels_compile_for_hopper(size, walks):
+@pytest.mark.parametrize("size", ["siso_documents_norm", "mimo4_documents_norm"])
+def test_kernels_compile_for_hopper(size):
     """The other sizes of `tools/compile_kernels.py` take minutes: run it by hand after a change."""
     kernels = compiled(size)
     assert len(set(kernels)) == 17
     assert sum(kernel.startswith("hopper_") for kernel in set(kernels)) == 6
-    assert kernels.count("hopper_state_walk_kernel") == walks
+    # Along whole sequences, and along spans to the last state or, on the way back, without it.
+    assert kernels.count("hopper_state_walk_kernel") == 3
     assert kernels.count("hopper_gradient_walk_kernel") == kernels.count("hopper_span_sums_kernel") == 2
 
 
