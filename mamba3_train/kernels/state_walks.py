@@ -1,9 +1,9 @@
 """How chunks' states and their gradients come about on Hopper: by walks along whole sequences or spans of chunks.
 
 A walk is a chain, so many are needed at a time. Where batch and heads are enough, whole sequences are walked, and the
-forward keeps the state before every span; otherwise all spans are walked at once for what each adds, and `span_passing`
-hands that on. The backward computes states again from those of the spans: `states`, (batch, H, spans, P, N) float32, of
-all heads.
+forward keeps the state before every span; otherwise all spans are walked at once, from what `span_sums` says that each
+adds and `span_passing` hands on. The backward computes states again from those of the spans: `states`, (batch, H,
+spans, P, N) float32, of all heads.
 """
 
 from torch import Tensor
