@@ -17,7 +17,13 @@ def cosine_sine(fraction, HARDWARE: tl.constexpr):
         angle = fraction.to(tl.float32) * 9.587379924285257e-05  # 2π / 2¹⁶
     else:
         angle = fraction * 6.283185307179586
-    if HARDWARE:  # |angle| ≤ π, where the hardware's sine and cosine are off by at most 2⁻²⁰
+    return cosine_sine_of(angle, HARDWARE)
+
+
+@triton.jit
+def cosine_sine_of(angle, HARDWARE: tl.constexpr):
+    """Cosine and sine of an angle of at most a turn; by the hardware off by at most 2⁻²⁰ within half a turn."""
+    if HARDWARE:
         cos = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
         sin = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
     else:

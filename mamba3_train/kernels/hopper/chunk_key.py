@@ -19,7 +19,6 @@ from mamba3_train.kernels.hopper.layouts import (
 from mamba3_train.kernels.hopper.memory import (
     by_token,
     copy_bias,
-    copy_state,
     copy_tile,
     copy_weights,
     fetch_chunk_ahead,
@@ -32,6 +31,7 @@ from mamba3_train.kernels.hopper.memory import (
     store_ranks,
     store_tokens,
 )
+from mamba3_train.kernels.hopper.states import copy_state
 from mamba3_train.kernels.hopper.tiles import (
     decay_to_end,
     dot_from_state,

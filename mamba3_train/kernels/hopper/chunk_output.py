@@ -14,7 +14,6 @@ from mamba3_train.kernels.hopper.layouts import accumulator_layout, left_layout,
 from mamba3_train.kernels.hopper.memory import (
     by_token,
     copy_bias,
-    copy_state,
     copy_tile,
     copy_weights,
     fetch_chunk_ahead,
@@ -25,6 +24,7 @@ from mamba3_train.kernels.hopper.memory import (
     read_by_token,
     store_tokens,
 )
+from mamba3_train.kernels.hopper.states import copy_state
 from mamba3_train.kernels.hopper.tiles import (
     decay_from_start,
     dot_over_state,

@@ -101,17 +101,6 @@ def copy_tile_to(tile, source, rows, ROWS: gl.constexpr, STRIDE: gl.constexpr, W
 
 
 @gluon.jit
-def copy_state(state, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """Start copying a state (P, N), whose three parts lie one behind the other."""
-    first = copy_tile(state, None, HEAD_DIM, PAIRS, PAIRS)
-    second = copy_tile(state + HEAD_DIM * PAIRS, None, HEAD_DIM, PAIRS, PAIRS)
-    rest = 0.0
-    if REST > 0:
-        rest = copy_tile(state + 2 * HEAD_DIM * PAIRS, None, HEAD_DIM, REST, REST)
-    return first, second, rest
-
-
-@gluon.jit
 def copy_weights(source, STRIDE: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr, FOR_PRODUCT: gl.constexpr):
     """Start copying a head's (RANK, WIDTH) weights, rows STRIDE apart."""
     dtype: gl.constexpr = source.dtype.element_ty

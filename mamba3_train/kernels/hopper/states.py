@@ -78,8 +78,16 @@ def read_mixed(tile, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def copy_state(state, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
+    """Start copying a state that was stored so to where the matrix units read."""
+    t0, t1, t2 = state_tiles(state.dtype.element_ty, HEAD_DIM, PAIRS, REST)
+    copy_state_to(t0, t1, t2, state, HEAD_DIM, PAIRS, REST)
+    return t0, t1, t2
+
+
+@gluon.jit
 def copy_state_to(t0, t1, t2, state, HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """Start copying a state that was stored so into shared memory that is there already."""
+    """The same into shared memory that is there already."""
     copy_tile_to(t0, state, None, HEAD_DIM, PAIRS, PAIRS)
     copy_tile_to(t1, state + HEAD_DIM * PAIRS, None, HEAD_DIM, PAIRS, PAIRS)
     if REST > 0:

@@ -30,6 +30,7 @@ from mamba3_train.kernels.hopper.memory import (
     store_neighbours,
 )
 
+cosine_sine_of = gluon.jit(tiles.cosine_sine_of.fn)
 exp2 = gluon.jit(tiles.exp2.fn)
 hold = gluon.jit(tiles.hold.fn)
 
@@ -66,9 +67,7 @@ def cosine_sine(fraction):
         angle = gl.fma(shifted, 9.58738019107841e-05, -804.2477416992188)  # π / 2¹⁵ and -π · 2⁸, as float32 has π
     else:
         angle = fraction * 6.283185307179586
-    cos = gl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], gl.float32, True, 1)
-    sin = gl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], gl.float32, True, 1)
-    return cos, sin
+    return cosine_sine_of(angle, True)
 
 
 @gluon.jit
