@@ -26,8 +26,11 @@ _library = torch.library.Library("mamba3_train", "FRAGMENT")
 
 
 def _operator(schema: str, kernel, fake):
-    """Define an operator: `kernel` runs it on any device, `fake` gives its results' shapes."""
-    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    """Define an operator: `kernel` runs it on any device, `fake` gives its results' shapes.
+
+    It reads tensors as they lie (`Inputs.readable`): the compiler need not copy them to where an eager call has them.
+    """
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     name = schema.partition("(")[0]
     _library.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mamba3_train::{name}", fake, lib=_library)

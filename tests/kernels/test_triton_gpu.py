@@ -1,16 +1,19 @@
 """On a GPU: every gradient against float64, in each dtype; determinism, 262,144 tokens, packed documents, decoding."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch._inductor.utils import run_and_get_code
 
 pytest.importorskip("triton")
 
 from mamba3_train.checkpoint.official_mamba import mixer_from_official
 from mamba3_train.kernels import ScanState, StepState, launch, mamba3_scan, mamba3_step
+from mamba3_train.model import Mamba3Mixer, MixerConfig
 from tests.scan_inputs import PER_TOKEN, scan_inputs
 
 pytestmark = pytest.mark.gpu
@@ -206,6 +209,26 @@ def test_longer_rows_compile_nothing_new():
     for batch, seqlen in ((1, 1), (1, 64), (3, 1000)):
         run(inputs_of(torch.bfloat16, batch=batch, seqlen=seqlen), "triton")
     assert launch._checked == compiled
+
+
+def test_a_compiled_mixer_copies_no_columns_of_its_projection():
+    with torch.device("cuda"):
+        mixer = Mamba3Mixer(512, MixerConfig(d_state=128, head_dim=64, rank=4), kernels="triton")
+        u = torch.randn(2, 512, 512, requires_grad=True)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer, dynamic=False)
+
+    def step():
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            y = compiled(u)
+        y.sum().backward()
+
+    _, codes = run_and_get_code(step)
+    copies = [line for code in codes for line in code.splitlines() if re.match(r"triton_\w+_scan(_|\b)", line)]
+    assert codes
+    assert not copies
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.glob("mixer_*.safetensors")))
