@@ -12,6 +12,7 @@ from mamba3_train.model.recurrent_state import RecurrentState
 from mamba3_train.training.activation_checkpointing import check_choice, recompute_activations
 from mamba3_train.training.compilation import compile_layers
 from mamba3_train.training.loss import count_targets
+from mamba3_train.training.processes import mean_over_ranks
 from mamba3_train.training.segments import Segment, carried, check_segments, segments
 from mamba3_train.training.step_guard import StepGuard
 from mamba3_train.training.strategies import (
@@ -107,7 +108,7 @@ class PretrainingModule(lightning.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.schedule(self.global_step)
         # The mean of the ranks' counts, because gradients too are averaged over ranks.
-        targets = self.trainer.strategy.reduce(count_targets(batch["labels"]).float(), reduce_op="mean").clamp(min=1)
+        targets = mean_over_ranks(count_targets(batch["labels"]).float()).clamp(min=1)
         loss = torch.zeros_like(targets)
         passes, state = list(self._passes(batch)), None
         for number, segment in enumerate(passes, start=1):
@@ -116,7 +117,7 @@ class PretrainingModule(lightning.LightningModule):
                 part = part / targets
                 self.manual_backward(part)
             loss += part.detach()
-        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+        loss = mean_over_ranks(loss)
         spike = self.guard.is_spike(loss)
         skip = spike | ~loss.isfinite()
         norm = clip_and_step(self.trainer.strategy, self.model, optimizer, self.gradient_clip_norm, skip)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mamba3_train.errors import UserError
 from mamba3_train.training.stop_signals import STOPPED, StopSignals, exit_code
@@ -36,6 +37,18 @@ def rank() -> int:
 def world_size() -> int:
     """Processes of the run, this one included."""
     return int(os.environ["WORLD_SIZE"]) if started_by_launcher() else 1
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a floating-point tensor over all processes, in its place.
+
+    Queued on the device. Lightning's own reductions meet at a barrier first, where the host waits for the device: at
+    every step the GPU then waits for the host to catch up.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
 
 
 def start_processes(devices: int, num_nodes: int, stop: StopSignals, module: str = "mamba3_train") -> None:
