@@ -139,7 +139,7 @@ def clip_and_step(strategy: Strategy, model: nn.Module, optimizer, max_norm: flo
     """Clip the whole gradient to a norm, update, forget the gradient; returns the norm before clipping.
 
     Where the norm is not finite, or `skip` says so, the update is left out, on the device: parameters, moments and step
-    counts stay as they are, bit for bit. `found_inf` is how PyTorch's fused optimizers are told.
+    counts stay as they are, bit for bit. `found_inf` and `grad_scale` are how PyTorch's fused optimizers are told.
 
     Args:
         skip: bool on the device, the same on every rank.
@@ -149,8 +149,10 @@ def clip_and_step(strategy: Strategy, model: nn.Module, optimizer, max_norm: flo
         strategy.inner_optimizer.found_inf = skip.float()
         optimizer.step()
         return strategy.gradient_norm()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
+    # The fused optimizer divides gradients as it reads them; clipping beforehand would read and write them once more.
+    optimizer.optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)
     # Offloaded shards step on the CPU: the optimizer itself would copy the flag there without waiting for it.
     optimizer.optimizer.found_inf = (skip.to(norm.device) | ~norm.isfinite()).float()
     optimizer.step()
