@@ -38,5 +38,7 @@ class FullySharded(ModelParallelStrategy):
         mesh = mesh if self.mesh_shape[0] > 1 else mesh["shard"]
         pinned = self.root_device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=pinned) if self.cpu_offload else OffloadPolicy()
-        for module in (*model.layers, model):
-            fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard_after_forward, offload_policy=offload)
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=self.reshard_after_forward, offload_policy=offload)
+        # The root's embedding ends the forward and begins the backward pass: gathered again, it would be waited for.
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=offload)
