@@ -1,4 +1,4 @@
-"""Causal grouped-query attention through torch's scaled_dot_product_attention."""
+"""Causal grouped-query attention: torch's scaled_dot_product_attention, or by blocks where documents are packed."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba3_train.model.config import AttentionConfig
+from mamba3_train.model.document_attention import DocumentBlocks, attend_within_documents
 
 
 class AttentionState(NamedTuple):
@@ -44,6 +45,7 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, config: AttentionConfig):
         super().__init__()
         self.config = config
+        self.by_blocks = True  # where blocks are given
         self.qkv_proj = nn.Linear(d_model, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, bias=False)
         self.out_proj = nn.Linear(config.n_heads * config.head_dim, d_model, bias=False)
 
@@ -53,10 +55,12 @@ class Attention(nn.Module):
         document_ids: Tensor | None = None,
         state: AttentionState | KeyValueCache | None = None,
         return_state: bool = False,
+        blocks: DocumentBlocks | None = None,
     ) -> Tensor | tuple[Tensor, AttentionState | KeyValueCache]:
         """(batch, seqlen, d_model) → the same shape. A state continues each row's first document.
 
-        A `KeyValueCache` takes one token, changes, and is returned itself; it must have room for it.
+        A `KeyValueCache` takes one token, changes, and is returned itself; it must have room for it. With the blocks of
+        its documents a compiled layer passes over what none of a block's queries sees.
         """
         config = self.config
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
@@ -64,19 +68,29 @@ class Attention(nn.Module):
         if config.rotary:
             before = _tokens_before(state)
             q, k = (rotate_positions(vectors, before, config.rope_theta) for vectors in (q, k))
-        mask = None
+        new_state = None
         if isinstance(state, KeyValueCache):
             new_state = _append(state, k, v)
-            mask = state.visible[:, None, None]
+        elif state is not None or return_state:
+            new_state = _extended(state, k, v, document_ids)
+        if blocks is not None and self.by_blocks and torch.compiler.is_compiling():
+            y = attend_within_documents(q, k, v, document_ids, blocks)
         else:
-            if document_ids is not None or state is not None:
-                mask = _visible(document_ids, u.shape[1], state, u.device)
-            new_state = _extended(state, k, v, document_ids) if return_state or state is not None else None
-        if new_state is not None:
-            k, v = new_state.key, new_state.value
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            y = _attend(q, k, v, document_ids, state, new_state)
         out = self.out_proj(y.transpose(1, 2).flatten(-2))
         return (out, new_state) if return_state else out
+
+
+def _attend(q, k, v, document_ids, state, new_state) -> Tensor:
+    """Attention to a state's keys and values and to k and v, through a mask where causality alone does not decide."""
+    mask = None
+    if isinstance(state, KeyValueCache):
+        mask = state.visible[:, None, None]
+    elif document_ids is not None or state is not None:
+        mask = _visible(document_ids, q.shape[2], state, q.device)
+    if state is not None:
+        k, v = new_state.key, new_state.value
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 
 def rotate_positions(vectors: Tensor, offset: int | Tensor, theta: float) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from mamba3_train.model.attention import Attention
 from mamba3_train.model.config import Mamba3Config
+from mamba3_train.model.document_attention import BLOCK, DocumentBlocks, document_blocks
 from mamba3_train.model.layers import SwiGLU, TokenEmbedding, Unembedding
 from mamba3_train.model.mixer import Mamba3Mixer
 from mamba3_train.model.recurrent_state import LayerState, RecurrentState
@@ -29,11 +30,16 @@ class Block(nn.Module):
         document_ids: Tensor | None = None,
         state: LayerState | None = None,
         return_state: bool = False,
+        blocks: DocumentBlocks | None = None,
     ) -> tuple[Tensor, LayerState | None]:
-        """(batch, seqlen, d_model) residual stream → the same, and with return_state the state after the last token."""
+        """(batch, seqlen, d_model) residual stream → the same, and with return_state the state after the last token.
+
+        blocks: for attention.
+        """
         # Matrices in a narrower dtype than the residual stream take their input in their own.
         dtype = self.mixer.out_proj.weight.dtype
-        mixed = self.mixer(self.norm(residual).to(dtype), document_ids, state, return_state)
+        options = {"blocks": blocks} if isinstance(self.mixer, Attention) else {}
+        mixed = self.mixer(self.norm(residual).to(dtype), document_ids, state, return_state, **options)
         mixed, new_state = mixed if return_state else (mixed, None)
         residual = residual + mixed
         if self.mlp is not None:
@@ -86,9 +92,11 @@ class Mamba3LM(nn.Module):
         """
         residual = self.embedding(input_ids)
         residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        blocks = self._blocks(document_ids) if state is None else None
         states = []
         for i, layer in enumerate(self.layers):
-            residual, layer_state = layer(residual, document_ids, None if state is None else state[i], return_state)
+            carried = None if state is None else state[i]
+            residual, layer_state = layer(residual, document_ids, carried, return_state, blocks)
             states.append(layer_state)
         if last_only:
             residual = residual[:, -1:]
@@ -98,3 +106,8 @@ class Mamba3LM(nn.Module):
         else:
             result = self.lm_head(hidden, labels=labels, kernels=self.kernels)
         return (result, tuple(states)) if return_state else result
+
+    def _blocks(self, document_ids: Tensor | None) -> DocumentBlocks | None:
+        """What attention in compiled layers on a GPU passes over; None where it does not go by blocks."""
+        by_blocks = document_ids is not None and document_ids.is_cuda and document_ids.shape[1] >= BLOCK
+        return document_blocks(document_ids) if by_blocks and "*" in self.config.layers else None

@@ -154,13 +154,15 @@ def _layers_save(config: Mamba3Config, length: int, recompute: str, on_hopper: b
         kind: {"none": sum(saved), "selective": saved.expensive, "full": 0}[recompute]
         for kind, saved in by_kind.items()
     }
-    again = max(sum(saved) - kept[kind] for kind, saved in by_kind.items())
+    # Recomputed attention does not go by blocks: it makes a mask of documents.
+    mask = {"*": 2 * length if recompute != "none" else 0}
+    again = max(sum(saved) - kept[kind] + mask.get(kind, 0) for kind, saved in by_kind.items())
     return sum(4 * config.d_model + kept[kind] for kind in config.layers), again
 
 
 def layer_saves(config: Mamba3Config, kind: str, length: int, on_hopper: bool = True) -> Saved:
     """What a compiled layer saves, as PyTorch's partitioner chooses it, but for the norms' one number a row."""
-    expensive, cheap = _mamba_saves(config, length, on_hopper) if kind == "M" else _attention_saves(config, length)
+    expensive, cheap = _mamba_saves(config, length, on_hopper) if kind == "M" else _attention_saves(config)
     cheap += 2 * config.d_model  # the norm's result
     if config.d_mlp:
         expensive += 2 * config.d_model + 2 * 2 * config.d_mlp  # results of the mixer and of fc1
@@ -180,12 +182,12 @@ def _mamba_saves(config: Mamba3Config, length: int, on_hopper: bool) -> Saved:
     return Saved(projected + scales + 2 * inner + kept_y + 4 * states, 2 * 2 * shared + 2 * 4 * heads)
 
 
-def _attention_saves(config: Mamba3Config, length: int) -> Saved:
+def _attention_saves(config: Mamba3Config) -> Saved:
     attention = config.attention
     heads = 2 * attention.n_heads + 2 * attention.n_kv_heads  # q, result, k, v
     rotated = 2 * (2 * attention.n_heads + attention.n_kv_heads) * attention.head_dim if attention.rotary else 0
-    # Cheap: q and k turned and, because they lie by head then, the result by token; the mask of documents.
-    return Saved(2 * heads * attention.head_dim + 4 * attention.n_heads, rotated + 2 * length)
+    # Cheap: q and k turned and, because they lie by head then, the result by token.
+    return Saved(2 * heads * attention.head_dim + 4 * attention.n_heads, rotated)
 
 
 def scan_workspace(config: Mamba3Config, on_hopper: bool = True) -> float:

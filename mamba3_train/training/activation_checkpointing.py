@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mamba3_train.errors import UserError
+from mamba3_train.model.attention import Attention
 
 CHOICES = ("none", "selective", "full")
 
@@ -39,10 +40,14 @@ def recompute_activations(model: nn.Module, choice: str) -> None:
     """Make every layer of a model keep its input alone (`full`), that and its matrix products, scan and attention
     (`selective`), or everything (`none`), in place.
 
-    The layers' names and parameters stay as they are: only their `forward` is replaced.
+    The layers' names and parameters stay as they are: only their `forward` is replaced. Attention goes through a mask:
+    compiled and recomputed, FlexAttention gave wrong results on a GPU (torch 2.11).
     """
     if check_choice(choice) == "none":
         return
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.by_blocks = False
     settings = {"use_reentrant": False}
     if choice == "selective":
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)

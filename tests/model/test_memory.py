@@ -12,6 +12,7 @@ from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.sizes import Sizes
 from mamba3_train.model.config import AttentionConfig, Mamba3Config, MixerConfig
 from mamba3_train.model.cost import model_cost
+from mamba3_train.model.document_attention import document_blocks
 from mamba3_train.model.language_model import Block
 from mamba3_train.model.memory import (
     SHARDED,
@@ -60,19 +61,23 @@ def saved_tensors(layer, monkeypatch):
         saved.extend(forward.graph.output_node().args[0][1:])
         raise Partitioned
 
-    def call(residual, document_ids, *parameters):
+    def call(residual, document_ids, blocks, *parameters):
         parameters = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(layer, parameters, (residual, document_ids))[0]
+        arguments = (residual, document_ids, None, False, blocks)
+        return torch.func.functional_call(layer, parameters, arguments)[0]
 
     # The shapes are those of a GPU in bfloat16; nothing runs.
     monkeypatch.setattr("mamba3_train.kernels.scan.check_triton", lambda x: None)
     monkeypatch.setattr("mamba3_train.kernels.scan.check_document_ids", lambda *arguments: None)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *arguments: None)
     pretend(monkeypatch, on_hopper=True)
     names, shapes = zip(*((name, p.shape) for name, p in layer.named_parameters()), strict=True)
     inputs = [torch.empty(shape, requires_grad=True) for shape in ((ROWS, LENGTH, 128), *shapes)]
     compiled = aot_function(call, lambda *_: None, partition_fn=partition, decompositions=select_decomp_table())
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(Partitioned):
-        compiled(inputs[0], torch.empty(ROWS, LENGTH, dtype=torch.int32), *inputs[1:])
+        compiled(inputs[0], ids, document_blocks(ids), *inputs[1:])
     return {whole(node) for node in saved if whole(node).op != "placeholder"}
 
 
