@@ -39,8 +39,9 @@ def part_of(name: str) -> str:
 
 
 def recorded(profile) -> list[Kernel]:
-    """Kernels of a `torch.profiler.profile` that has stopped."""
-    cuda = [event for event in profile.events() if "CUDA" in str(event.device_type)]
+    """Kernels of a `torch.profiler.profile` that has stopped, without the spans that PyTorch names among them."""
+    on_gpu = (event for event in profile.events() if "CUDA" in str(event.device_type))
+    cuda = [event for event in on_gpu if not event.is_user_annotation]
     return [Kernel(event.name, event.time_range.start, event.time_range.elapsed_us()) for event in cuda]
 
 
