@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba3_train.model.config import AttentionConfig
-from mamba3_train.model.document_attention import DocumentBlocks, attend_within_documents
+from mamba3_train.model.document_attention import BLOCK, DocumentBlocks, attend_within_documents, document_blocks
 
 
 class AttentionState(NamedTuple):
@@ -39,6 +39,37 @@ class KeyValueCache(NamedTuple):
     used: Tensor
 
 
+class AttentionContext(NamedTuple):
+    """What all attention layers of a pass share. Made outside of them: a compiler would make it anew for every number.
+
+    turn: cosine and sine of the angles of each position, (seqlen, head_dim / 2); None without rotary positions.
+    blocks: of packed documents, for compiled layers on a GPU; None elsewhere.
+    """
+
+    turn: tuple[Tensor, Tensor] | None
+    blocks: DocumentBlocks | None
+
+
+def attention_context(
+    config: AttentionConfig,
+    seqlen: int,
+    document_ids: Tensor | None,
+    state: AttentionState | KeyValueCache | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AttentionContext:
+    """The context of a pass over (batch, seqlen) tokens behind a state; dtype: of the angles, float32 or wider."""
+    turn = None
+    if config.rotary:
+        half = config.head_dim // 2
+        frequency = config.rope_theta ** (-torch.arange(half, device=device, dtype=dtype) / half)
+        position = torch.arange(seqlen, device=device, dtype=dtype) + _tokens_before(state)
+        angle = position.unsqueeze(-1) * frequency
+        turn = angle.cos(), angle.sin()
+    by_blocks = document_ids is not None and document_ids.is_cuda and state is None and seqlen >= BLOCK
+    return AttentionContext(turn, document_blocks(document_ids) if by_blocks else None)
+
+
 class Attention(nn.Module):
     """Grouped-query attention over a row's own document; no positions unless `config.rotary`."""
 
@@ -55,26 +86,28 @@ class Attention(nn.Module):
         document_ids: Tensor | None = None,
         state: AttentionState | KeyValueCache | None = None,
         return_state: bool = False,
-        blocks: DocumentBlocks | None = None,
+        context: AttentionContext | None = None,
     ) -> Tensor | tuple[Tensor, AttentionState | KeyValueCache]:
         """(batch, seqlen, d_model) → the same shape. A state continues each row's first document.
 
-        A `KeyValueCache` takes one token, changes, and is returned itself; it must have room for it. With the blocks of
-        its documents a compiled layer passes over what none of a block's queries sees.
+        A `KeyValueCache` takes one token, changes, and is returned itself; it must have room for it. context: of the
+        same tokens and state; without one it is made here, but for blocks.
         """
         config = self.config
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         q, k, v = self.qkv_proj(u).unflatten(-1, (-1, config.head_dim)).transpose(1, 2).split(heads, dim=1)
+        if context is None:
+            precise = torch.promote_types(q.dtype, torch.float32)
+            context = attention_context(config, u.shape[1], None, state, precise, u.device)
         if config.rotary:
-            before = _tokens_before(state)
-            q, k = (rotate_positions(vectors, before, config.rope_theta) for vectors in (q, k))
+            q, k = (rotate_positions(vectors, *context.turn) for vectors in (q, k))
         new_state = None
         if isinstance(state, KeyValueCache):
             new_state = _append(state, k, v)
         elif state is not None or return_state:
             new_state = _extended(state, k, v, document_ids)
-        if blocks is not None and self.by_blocks and torch.compiler.is_compiling():
-            y = attend_within_documents(q, k, v, document_ids, blocks)
+        if context.blocks is not None and self.by_blocks and torch.compiler.is_compiling():
+            y = attend_within_documents(q, k, v, document_ids, context.blocks)
         else:
             y = _attend(q, k, v, document_ids, state, new_state)
         out = self.out_proj(y.transpose(1, 2).flatten(-2))
@@ -93,15 +126,9 @@ def _attend(q, k, v, document_ids, state, new_state) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 
-def rotate_positions(vectors: Tensor, offset: int | Tensor, theta: float) -> Tensor:
-    """Rotary positions offset, offset + 1, … on (batch, heads, seqlen, head_dim), halves paired."""
-    half = vectors.shape[-1] // 2
-    precise = torch.promote_types(vectors.dtype, torch.float32)
-    frequency = theta ** (-torch.arange(half, device=vectors.device, dtype=precise) / half)
-    position = torch.arange(vectors.shape[2], device=vectors.device, dtype=precise) + offset
-    angle = position.unsqueeze(-1) * frequency
-    cos, sin = angle.cos(), angle.sin()
-    first, second = vectors.to(precise).chunk(2, dim=-1)
+def rotate_positions(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on (batch, heads, seqlen, head_dim), halves paired, by the turn of an `AttentionContext`."""
+    first, second = vectors.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(vectors.dtype)
 
 

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from mamba3_train.model.attention import Attention
+from mamba3_train.model.attention import Attention, AttentionContext, attention_context
 from mamba3_train.model.config import Mamba3Config
-from mamba3_train.model.document_attention import BLOCK, DocumentBlocks, document_blocks
 from mamba3_train.model.layers import SwiGLU, TokenEmbedding, Unembedding
 from mamba3_train.model.mixer import Mamba3Mixer
 from mamba3_train.model.recurrent_state import LayerState, RecurrentState
@@ -30,15 +29,15 @@ class Block(nn.Module):
         document_ids: Tensor | None = None,
         state: LayerState | None = None,
         return_state: bool = False,
-        blocks: DocumentBlocks | None = None,
+        context: AttentionContext | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """(batch, seqlen, d_model) residual stream → the same, and with return_state the state after the last token.
 
-        blocks: for attention.
+        context: for attention.
         """
         # Matrices in a narrower dtype than the residual stream take their input in their own.
         dtype = self.mixer.out_proj.weight.dtype
-        options = {"blocks": blocks} if isinstance(self.mixer, Attention) else {}
+        options = {"context": context} if isinstance(self.mixer, Attention) else {}
         mixed = self.mixer(self.norm(residual).to(dtype), document_ids, state, return_state, **options)
         mixed, new_state = mixed if return_state else (mixed, None)
         residual = residual + mixed
@@ -92,11 +91,11 @@ class Mamba3LM(nn.Module):
         """
         residual = self.embedding(input_ids)
         residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        blocks = self._blocks(document_ids) if state is None else None
+        context = self._attention_context(residual, document_ids, state)
         states = []
         for i, layer in enumerate(self.layers):
             carried = None if state is None else state[i]
-            residual, layer_state = layer(residual, document_ids, carried, return_state, blocks)
+            residual, layer_state = layer(residual, document_ids, carried, return_state, context)
             states.append(layer_state)
         if last_only:
             residual = residual[:, -1:]
@@ -107,7 +106,11 @@ class Mamba3LM(nn.Module):
             result = self.lm_head(hidden, labels=labels, kernels=self.kernels)
         return (result, tuple(states)) if return_state else result
 
-    def _blocks(self, document_ids: Tensor | None) -> DocumentBlocks | None:
-        """What attention in compiled layers on a GPU passes over; None where it does not go by blocks."""
-        by_blocks = document_ids is not None and document_ids.is_cuda and document_ids.shape[1] >= BLOCK
-        return document_blocks(document_ids) if by_blocks and "*" in self.config.layers else None
+    def _attention_context(self, residual, document_ids, state) -> AttentionContext | None:
+        """What attention layers share; None without any."""
+        layers = self.config.layers
+        if "*" not in layers:
+            return None
+        before = None if state is None else state[layers.index("*")]
+        seqlen, dtype, device = residual.shape[1], residual.dtype, residual.device
+        return attention_context(self.config.attention, seqlen, document_ids, before, dtype, device)

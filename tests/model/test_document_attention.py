@@ -66,6 +66,26 @@ def test_by_blocks_as_by_mask(documents):
     )
 
 
+def test_layers_make_no_angles_and_no_blocks_of_their_own():
+    """Compiled, they would make them for every number of q and k, which took a sixth of a Transformer's step."""
+    attention = AttentionConfig(n_heads=2, n_kv_heads=1, head_dim=8, rotary=True)
+    model = Mamba3LM(
+        Mamba3Config(vocab_size=64, d_model=16, d_mlp=16, n_layers=2, layer_pattern="*", attention=attention)
+    )
+    initialize(model, model.config, seed=0)
+    called = []
+
+    def backend(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    compile_layers(model, backend)
+    model(torch.randint(0, 64, (1, 40)), ids_of([30, 10]))
+    assert any("scaled_dot_product_attention" in name for name in called)
+    assert not [name for name in called if name in ("cos", "sin", "pow")]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("documents", ["edges", "short"])

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from mamba3_train.kernels import launch, triton_scan
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.sizes import Sizes
+from mamba3_train.model.attention import AttentionContext, attention_context
 from mamba3_train.model.config import AttentionConfig, Mamba3Config, MixerConfig
 from mamba3_train.model.cost import model_cost
 from mamba3_train.model.document_attention import document_blocks
@@ -61,9 +62,9 @@ def saved_tensors(layer, monkeypatch):
         saved.extend(forward.graph.output_node().args[0][1:])
         raise Partitioned
 
-    def call(residual, document_ids, blocks, *parameters):
+    def call(residual, document_ids, context, *parameters):
         parameters = dict(zip(names, parameters, strict=True))
-        arguments = (residual, document_ids, None, False, blocks)
+        arguments = (residual, document_ids, None, False, context)
         return torch.func.functional_call(layer, parameters, arguments)[0]
 
     # The shapes are those of a GPU in bfloat16; nothing runs.
@@ -76,8 +77,9 @@ def saved_tensors(layer, monkeypatch):
     inputs = [torch.empty(shape, requires_grad=True) for shape in ((ROWS, LENGTH, 128), *shapes)]
     compiled = aot_function(call, lambda *_: None, partition_fn=partition, decompositions=select_decomp_table())
     ids = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
+    turn = attention_context(small().attention, LENGTH, None, None, torch.float32, ids.device).turn
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(Partitioned):
-        compiled(inputs[0], ids, document_blocks(ids), *inputs[1:])
+        compiled(inputs[0], ids, AttentionContext(turn, document_blocks(ids)), *inputs[1:])
     return {whole(node) for node in saved if whole(node).op != "placeholder"}
 
 
