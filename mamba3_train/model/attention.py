@@ -66,7 +66,8 @@ def attention_context(
         position = torch.arange(seqlen, device=device, dtype=dtype) + _tokens_before(state)
         angle = position.unsqueeze(-1) * frequency
         turn = angle.cos(), angle.sin()
-    by_blocks = document_ids is not None and document_ids.is_cuda and state is None and seqlen >= BLOCK
+    packed = document_ids is not None and document_ids.is_cuda and state is None
+    by_blocks = packed and seqlen >= BLOCK and config.head_dim >= 16  # what FlexAttention takes
     return AttentionContext(turn, document_blocks(document_ids) if by_blocks else None)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128
-"""Tokens a side of what is attended to, or passed over, as a whole; for shorter rows FlexAttention has another kernel,
+"""Tokens a side of what is attended to, or passed over, as a whole. For shorter rows FlexAttention has another kernel,
 which refuses some of them."""
 
 
