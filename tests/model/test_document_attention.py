@@ -66,7 +66,7 @@ def test_by_blocks_as_by_mask(documents):
     )
 
 
-def test_layers_make_no_angles_and_no_blocks_of_their_own():
+def test_layers_make_no_angles_of_their_own():
     """Compiled, they would make them for every number of q and k, which took a sixth of a Transformer's step."""
     attention = AttentionConfig(n_heads=2, n_kv_heads=1, head_dim=8, rotary=True)
     model = Mamba3LM(
@@ -91,9 +91,7 @@ def test_layers_make_no_angles_and_no_blocks_of_their_own():
 @pytest.mark.parametrize("documents", ["edges", "short"])
 def test_compiled_layers_go_by_blocks_on_a_gpu(documents, recompute, monkeypatch):
     attention = AttentionConfig(n_heads=8, n_kv_heads=2, head_dim=64, rotary=True)
-    config = Mamba3Config(
-        vocab_size=256, d_model=512, n_layers=2, d_mlp=512, layer_pattern="*", attention=attention
-    )  # fmt: skip
+    config = Mamba3Config(vocab_size=256, d_model=512, n_layers=2, d_mlp=512, layer_pattern="*", attention=attention)
     plain = Mamba3LM(config)
     initialize(plain, config, seed=0)
     plain.cuda()
@@ -120,4 +118,5 @@ def test_compiled_layers_go_by_blocks_on_a_gpu(documents, recompute, monkeypatch
         results.append([logits.detach(), *(p.grad for p in model.parameters())])
     for expected, found in zip(*results, strict=True):
         scale = expected.abs().max()
-        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=2e-3)  # products in TF32
+        # Two kernels' rounding; what another document's tokens would add is a hundred times as much.
+        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=2e-3)
