@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mamba3_train.training.callbacks import Norms
+from mamba3_train.training.strategies import clip_and_step
 
 CLIP = 0.5
 
@@ -19,18 +20,23 @@ class Model(torch.nn.Module):
 
 
 def step(norms, model, number, max_steps=10):
-    """One step of gradient descent; returns the norms and the whole gradient's before clipping."""
+    """One step whose optimizer clips, as in training; returns the norms, gradients before it and changes."""
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     trainer = SimpleNamespace(global_step=number - 1, max_steps=max_steps, strategy=None)
-    module = SimpleNamespace(model=model, gradient_clip_norm=CLIP, trainer=trainer)
-    norms.on_before_optimizer_step(trainer, module, None)
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    module = SimpleNamespace(model=model, trainer=trainer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def update():
+        norms.on_before_optimizer_step(trainer, module, None)
+        optimizer.step()
+
+    wrapped = SimpleNamespace(optimizer=optimizer, step=update, zero_grad=optimizer.zero_grad)
+    clip_and_step(None, model, wrapped, CLIP, skip=torch.tensor(False))
     changes = [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
-    return norms.take(module, norm), gradients, changes
+    return norms.take(module), gradients, changes
 
 
 def length(tensors):

@@ -43,20 +43,14 @@ class Norms(Callback):
         if self.of_layers:
             self._layers = layer_gradient_norms(module.model)
 
-    def take(self, module: LightningModule, gradient_norm: Tensor) -> dict[str, Tensor]:
-        """The norms of the step that is over, on the device: `train/param_norm`, `train/update_norm`, of layers.
-
-        Args:
-            gradient_norm: of the whole gradient, before it was clipped.
-        """
+    def take(self, module: LightningModule) -> dict[str, Tensor]:
+        """The norms of the step that is over, on the device: `train/param_norm`, `train/update_norm`, of layers."""
         if self._before is None:
             return {}
         now = parameter_parts(module.trainer.strategy, module.model)
         torch._foreach_sub_(self._before, now)
         values = {"train/param_norm": total_norm(now), "train/update_norm": total_norm(self._before)}
-        # The layers' were taken after clipping, which scales by clip / (norm + 1e-6) when that is below 1.
-        scale = ((gradient_norm + 1e-6) / module.gradient_clip_norm).clamp(min=1.0)
-        values |= {f"train/grad_norm/{name}": norm * scale for name, norm in self._layers.items()}
+        values |= {f"train/grad_norm/{name}": norm for name, norm in self._layers.items()}
         self._before, self._layers = None, {}
         return values
 

@@ -65,7 +65,7 @@ class Throughput(Callback):
         self._last_time, self._last_step = time.perf_counter(), step
 
     def _log_step(self, trainer: Trainer, module: LightningModule, outputs, step: int) -> None:
-        values = outputs | self.norms.take(module, outputs["train/grad_norm"])
+        values = outputs | self.norms.take(module)
         values = {name: value.item() for name, value in values.items()}
         now = time.perf_counter()
         seconds = now - self._last_time
