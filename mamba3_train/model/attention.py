@@ -87,19 +87,17 @@ class Attention(nn.Module):
         document_ids: Tensor | None = None,
         state: AttentionState | KeyValueCache | None = None,
         return_state: bool = False,
-        context: AttentionContext | None = None,
+        *,
+        context: AttentionContext,
     ) -> Tensor | tuple[Tensor, AttentionState | KeyValueCache]:
         """(batch, seqlen, d_model) → the same shape. A state continues each row's first document.
 
         A `KeyValueCache` takes one token, changes, and is returned itself; it must have room for it. context: of the
-        same tokens and state; without one it is made here, but for blocks.
+        same tokens and state.
         """
         config = self.config
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         q, k, v = self.qkv_proj(u).unflatten(-1, (-1, config.head_dim)).transpose(1, 2).split(heads, dim=1)
-        if context is None:
-            precise = torch.promote_types(q.dtype, torch.float32)
-            context = attention_context(config, u.shape[1], None, state, precise, u.device)
         if config.rotary:
             q, k = (rotate_positions(vectors, *context.turn) for vectors in (q, k))
         new_state = None

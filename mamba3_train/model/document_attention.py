@@ -58,21 +58,16 @@ def document_blocks(document_ids: Tensor) -> DocumentBlocks:
     end = (first[:, None, :] <= last[:, :, None]).sum(-1)
     partly = (last[:, None, :] <= first[:, :, None]).sum(-1).maximum(here + 1)
 
-    def listed(start, stop, alone=None, alone_first=False):
-        """Number and list of the blocks from start to stop and, before or behind them, one alone."""
-        count, at = stop - start, here.expand(*start.shape, -1)
-        if alone is None:
-            blocks = start[..., None] + at
-        elif alone_first:
-            blocks = torch.where(at == 0, alone[:, None], start[..., None] + at - 1)
-        else:
-            blocks = torch.where(at == count[..., None], alone[:, None], start[..., None] + at)
-        count = count + (alone is not None)
-        return count[:, None].to(torch.int32), blocks[:, None].clamp(max=len(begin) - 1).to(torch.int32)
+    def listed(start, stop, then=here, until=here):
+        """Number and list of the blocks from start to stop and, behind them, from `then` to `until`."""
+        first, second = stop - start, until - then
+        jump = torch.where(here < first[..., None], start[..., None], (then - first)[..., None])
+        blocks = (jump + here).clamp(max=len(begin) - 1)
+        return (first + second)[:, None].to(torch.int32), blocks[:, None].to(torch.int32)
 
     return DocumentBlocks(
-        *listed(seen, whole, here),
-        *listed(whole, here.expand_as(whole)),
-        *listed(partly, end, here, alone_first=True),
-        *listed((here + 1).expand_as(partly), partly),
+        *listed(seen, whole, here, here + 1),
+        *listed(whole, here),
+        *listed(here, here + 1, partly, end),
+        *listed(here + 1, partly),
     )

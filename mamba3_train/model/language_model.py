@@ -33,7 +33,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerState | None]:
         """(batch, seqlen, d_model) residual stream → the same, and with return_state the state after the last token.
 
-        context: for attention.
+        context: what attention needs besides.
         """
         # Matrices in a narrower dtype than the residual stream take their input in their own.
         dtype = self.mixer.out_proj.weight.dtype

@@ -155,8 +155,8 @@ def _layers_save(config: Mamba3Config, length: int, recompute: str, on_hopper: b
         for kind, saved in by_kind.items()
     }
     # Recomputed attention does not go by blocks: it makes a mask of documents.
-    mask = {"*": 2 * length if recompute != "none" else 0}
-    again = max(sum(saved) - kept[kind] + mask.get(kind, 0) for kind, saved in by_kind.items())
+    mask = 2 * length if recompute != "none" else 0
+    again = max(sum(saved) - kept[kind] + (mask if kind == "*" else 0) for kind, saved in by_kind.items())
     return sum(4 * config.d_model + kept[kind] for kind in config.layers), again
 
 

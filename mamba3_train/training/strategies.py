@@ -149,8 +149,7 @@ def clip_and_step(strategy: Strategy, model: nn.Module, optimizer, max_norm: flo
         strategy.inner_optimizer.found_inf = skip.float()
         optimizer.step()
         return strategy.gradient_norm()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
+    norm = total_norm([p.grad for p in model.parameters() if p.grad is not None]).detach()
     # The fused optimizer divides gradients as it reads them; clipping beforehand would read and write them once more.
     optimizer.optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)
     # Offloaded shards step on the CPU: the optimizer itself would copy the flag there without waiting for it.
@@ -158,6 +157,12 @@ def clip_and_step(strategy: Strategy, model: nn.Module, optimizer, max_norm: flo
     optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of all tensors together, the same on every rank; every rank must call it for shards."""
+    norm = nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def parameter_parts(strategy: Strategy, model: nn.Module) -> list[Tensor]:

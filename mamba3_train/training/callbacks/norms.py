@@ -3,10 +3,9 @@
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mamba3_train.errors import UserError
-from mamba3_train.training.strategies import parameter_parts
+from mamba3_train.training.strategies import parameter_parts, total_norm
 from mamba3_train.training.zero import ZeRO
 
 
@@ -63,9 +62,3 @@ def layer_gradient_norms(model: nn.Module) -> dict[str, Tensor]:
             first, second, *_ = *name.split("."), ""
             gradients.setdefault(f"{first}.{second}" if first == "layers" else first, []).append(parameter.grad)
     return {name: total_norm(tensors) for name, tensors in gradients.items()}
-
-
-def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of all tensors together, the same on every rank; every rank must call it for shards."""
-    norm = nn.utils.get_total_norm(tensors)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
