@@ -1,9 +1,11 @@
 """python -m mamba3_train trains."""
 
+from mamba3_train.training import process_end
 from mamba3_train.training.stop_signals import hold_signals
 
 if __name__ == "__main__":
-    hold_signals()  # imports take their time, and longer where many processes read them from one file system
-    from mamba3_train.train import cli
+    with process_end.at_once():
+        hold_signals()  # imports take their time, and longer where many processes read them from one file system
+        from mamba3_train.train import cli
 
-    cli()
+        cli()

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from mamba3_train.config import command
 from mamba3_train.errors import UserError
+from mamba3_train.training import process_end
 
 OPENING = ("step", "dtype", "kernels", "tokenizer")
 PERPLEXITY, PAPER = "perplexity", "paper"
@@ -183,4 +184,5 @@ def write(results: dict, config: DictConfig, step: int | None, console) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with process_end.at_once():
+        main()

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mamba3_train.config import compose
 from mamba3_train.model.cost import model_cost
-from mamba3_train.training import processes
+from mamba3_train.training import process_end, processes
 from mamba3_train.training.assembly import build_module, build_strategy
 from mamba3_train.training.device_clock import DeviceClock
 from mamba3_train.training.hardware import choose_precision, on_gpu, peak_flops
@@ -170,4 +170,5 @@ def _commit() -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    with process_end.at_once():
+        main()

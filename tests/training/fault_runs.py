@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from strategy_runs import SMALL, STRATEGIES, overrides
 
+from mamba3_train.training import process_end
+
 FAULTY = [
     *SMALL, "model.layer_pattern=M", "model.n_layers=1", "trainer.max_steps=9", "schedule.total_steps=9",
     "checkpoint.every_n_steps=1", "checkpoint.keep_last=9", "checkpoint.asynchronous=false", "guards.spike_window=4",
@@ -168,4 +170,5 @@ def slow_rank(arguments: argparse.Namespace, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with process_end.at_once():
+        main()

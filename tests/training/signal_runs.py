@@ -14,6 +14,8 @@ from pathlib import Path
 
 from strategy_runs import start_two
 
+from mamba3_train.training import process_end
+
 STEPS, VALIDATE_EVERY, SAVE_EVERY = 8, 4, 3
 SMALL = [
     "+recipe=quickstart", "data.prepare.automatic=false", "data.validation_sequences=8", "data.sequence_length=16",
@@ -153,4 +155,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with process_end.at_once():
+        main()

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from mamba3_train.training import process_end
+
 STRATEGIES = ("ddp", "fsdp", "hsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 PRECISIONS = ("32-true", "bf16-mixed")
 # Plain parameters, and both kinds of shards: under the others weights are put in place by the same code.
@@ -164,4 +166,5 @@ def go_on_from(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with process_end.at_once():
+        main()
