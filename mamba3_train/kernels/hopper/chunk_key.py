@@ -30,6 +30,7 @@ from mamba3_train.kernels.hopper.memory import (
     share,
     store_ranks,
     store_tokens,
+    widened,
 )
 from mamba3_train.kernels.hopper.states import copy_state
 from mamba3_train.kernels.hopper.tiles import (
@@ -137,7 +138,7 @@ def hopper_chunk_keys_backward_kernel(
     # What the products read is kept until they are through: nothing else may be put in its place before.
     d_x_of = by_token(warpgroup_mma_wait(0, [d_v, by_y])[0], CHUNK, RANK, HEAD_DIM)
     if mimo_x is not None:
-        by_mimo = share((d_x_of * read_by_token(raw, valued).to(gl.float32)).to(dtype), CHUNK, RANK, HEAD_DIM)
+        by_mimo = share((d_x_of * widened(read_by_token(raw, valued))).to(dtype), CHUNK, RANK, HEAD_DIM)
         d_x_of = d_x_of * read_by_rank(weight_x, valued)
     store_tokens(d_x + (start * HEADS + head) * HEAD_DIM, d_x_of, by_y, left, HEADS * HEAD_DIM, CHUNK, RANK, HEAD_DIM)
     if mimo_x is not None:

@@ -23,6 +23,7 @@ from mamba3_train.kernels.hopper.memory import (
     read_by_rank,
     read_by_token,
     store_tokens,
+    widened,
 )
 from mamba3_train.kernels.hopper.states import copy_state
 from mamba3_train.kernels.hopper.tiles import (
@@ -142,7 +143,7 @@ def hopper_chunk_outputs_kernel(
     _, gate, weight_z, weight_o, norm = gate_tiles
     y = gate_rows(
         y,
-        read_by_token(gate, valued).to(gl.float32),
+        widened(read_by_token(gate, valued)),
         None if mimo_z is None else read_by_rank(weight_z, valued),
         None if mimo_o is None else read_by_rank(weight_o, valued),
         None if norm_weight is None else read_by_rank(norm, valued),

@@ -25,6 +25,7 @@ from mamba3_train.kernels.hopper.memory import (
     store_ranks,
     store_rows,
     store_tokens,
+    widened,
 )
 from mamba3_train.kernels.hopper.tiles import (
     dot_from_state,
@@ -70,8 +71,8 @@ def hopper_chunk_queries_backward_kernel(
     by_out, gate, weight_z, weight_o, norm = gate_tiles
     by_y, by_z, by_mimo_z, by_mimo_o, by_norm = gate_rows_backward(
         y,
-        read_by_token(by_out, valued).to(gl.float32),
-        read_by_token(gate, valued).to(gl.float32),
+        widened(read_by_token(by_out, valued)),
+        widened(read_by_token(gate, valued)),
         None if mimo_z is None else read_by_rank(weight_z, valued),
         None if mimo_o is None else read_by_rank(weight_o, valued),
         None if norm_weight is None else read_by_rank(norm, valued),

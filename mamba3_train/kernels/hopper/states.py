@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from mamba3_train.kernels.hopper.layouts import neighbour_layout, operand_layout, product_layout
-from mamba3_train.kernels.hopper.memory import copy_tile_to, mixed, neighbours, store_neighbours
+from mamba3_train.kernels.hopper.memory import copy_tile_to, mixed, neighbours, store_neighbours, widened
 
 
 @gluon.jit
@@ -74,7 +74,7 @@ def store_mixed(state, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
 def read_mixed(tile, WIDTH: gl.constexpr):
     """A part of such a state in shared memory as a product, in float32."""
     rows = mixed(tile.load(neighbour_layout(WIDTH)), WIDTH)
-    return gl.convert_layout(rows, product_layout(WIDTH), assert_trivial=True).to(gl.float32)
+    return widened(gl.convert_layout(rows, product_layout(WIDTH), assert_trivial=True))
 
 
 @gluon.jit

@@ -28,6 +28,7 @@ from mamba3_train.kernels.hopper.memory import (
     share,
     store_by_token,
     store_neighbours,
+    widened,
 )
 
 cosine_sine_of = gluon.jit(tiles.cosine_sine_of.fn)
@@ -82,8 +83,8 @@ def turned_rows(a0, a1, a2, b0, b1, b2, cos, sin, rest_scale, BIAS: gl.constexpr
                 PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """Rows of B or C plus their bias, turned, the rest times rest_scale where it is given."""
     dtype: gl.constexpr = a0.dtype
-    first = hold(a0, True).to(gl.float32)
-    second = hold(a1, True).to(gl.float32)
+    first = widened(hold(a0, True))
+    second = widened(hold(a1, True))
     if BIAS:
         first += bias_of_rows(b0, RANK, PAIRS)
         second += bias_of_rows(b1, RANK, PAIRS)
@@ -92,9 +93,9 @@ def turned_rows(a0, a1, a2, b0, b1, b2, cos, sin, rest_scale, BIAS: gl.constexpr
     if REST > 0:
         rest = hold(a2, True)
         if BIAS:
-            rest = rest.to(gl.float32) + bias_of_rows(b2, RANK, REST)
+            rest = widened(rest) + bias_of_rows(b2, RANK, REST)
         if rest_scale is not None:
-            rest = rest.to(gl.float32) * rest_scale
+            rest = (rest if BIAS else widened(rest)) * rest_scale
         a2 = rest.to(dtype)
     return a0, a1, a2
 
@@ -129,7 +130,7 @@ def share_mixed(part, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constex
 def rows_of_values(raw, mimo_x, RANK: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Tokens x (CHUNK, P) times mimo_x (RANK, P), both in shared memory, as rows."""
     layout: gl.constexpr = row_layout(HEAD_DIM, RANK)
-    rows = read_by_token(raw, layout).to(gl.float32) * read_by_rank(mimo_x, layout)
+    rows = widened(read_by_token(raw, layout)) * read_by_rank(mimo_x, layout)
     return rows.to(raw.dtype)
 
 
@@ -246,8 +247,8 @@ def rotation_gradients(v0, v1, v2, d0, d1, d2, fraction, earlier, d_rows, d_phas
     See `rotation_gradients`, `rotate_back` in `kernels/tiles.py`.
     """
     D_STATE: gl.constexpr = 2 * PAIRS + REST
-    first = neighbours_by_token(v0.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS).to(gl.float32)
-    second = neighbours_by_token(v1.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS).to(gl.float32)
+    first = widened(neighbours_by_token(v0.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS))
+    second = widened(neighbours_by_token(v1.load(product_layout(PAIRS)), CHUNK, RANK, PAIRS))
     d0 = neighbours_by_token(d0, CHUNK, RANK, PAIRS)
     d1 = neighbours_by_token(d1, CHUNK, RANK, PAIRS)
     by_angle = first * d1 - second * d0
@@ -263,7 +264,7 @@ def rotation_gradients(v0, v1, v2, d0, d1, d2, fraction, earlier, d_rows, d_phas
         store_by_token(d_phase, by_angle, CHUNK, PAIRS, CHUNK, PAIRS)
     by_decay = first * d0 + second * d1
     if REST > 0:
-        rest = neighbours_by_token(v2.load(product_layout(REST)), CHUNK, RANK, REST).to(gl.float32)
+        rest = widened(neighbours_by_token(v2.load(product_layout(REST)), CHUNK, RANK, REST))
         d2 = neighbours_by_token(d2, CHUNK, RANK, REST)
         if PAIRS >= 32 and REST >= PAIRS:  # as many neighbours a thread: summed between threads once
             by_rest = gl.sum(gl.reshape(rest * d2, [CHUNK, RANK, REST // PAIRS, PAIRS]), axis=2)
