@@ -294,6 +294,7 @@ def unary(function):
 ASSEMBLER = {
     "mov.b32": lambda tile: tile,
     "prmt.b32": unary(lambda numbers: (numbers.int() & 0xFFFF).float() + 2.0**23),
+    "shl.b32": unary(lambda numbers: numbers.float()),
     "cvt.rn.bf16x2.f32": unary(lambda numbers: numbers.bfloat16().float()),
     "ex2.approx.ftz.f32": unary(torch.exp2),
     "rcp.approx.ftz.f32": unary(torch.reciprocal),

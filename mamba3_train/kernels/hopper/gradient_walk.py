@@ -130,7 +130,7 @@ def hopper_gradient_walk_kernel(
     copy_y(y.index(chunk % 2), d_y, chunk, HEAD_DIM)
     async_copy.commit_group()
     async_copy.wait_group(0)
-    turn, decay, rest_decay = turn_chunk(stream, rows, chunk % 2, bias, False, C_bias is not None, DOCUMENTS,
+    turn, decay, rest_decay = turn_chunk(stream, rows, chunk % 2, bias, False, True, C_bias is not None, DOCUMENTS,
                                          CHUNK, RANK, PAIRS, REST)  # fmt: skip
     if C_bias is not None:
         bias = hold_bias(bias, RANK, PAIRS, REST)
@@ -167,7 +167,7 @@ def hopper_gradient_walk_kernel(
         copy_state_to(a0, a1, a2, states + next.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
         async_copy.commit_group()
         async_copy.wait_group(1)  # the next chunk, not yet the state
-        turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, False, C_bias is not None, DOCUMENTS,
+        turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, False, True, C_bias is not None, DOCUMENTS,
                                              CHUNK, RANK, PAIRS, REST)  # fmt: skip
         following = gl.maximum(chunk - 2, first)
         copy_queries(stream, C, phase, log_decay, chunk_decay, document_ids, following, seqlen,

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from mamba3_train.kernels.hopper.gradient_walk import copy_queries, copy_y
-from mamba3_train.kernels.hopper.layouts import operand_layout
+from mamba3_train.kernels.hopper.layouts import operand_layout, row_layout
 from mamba3_train.kernels.hopper.memory import copy_bias, copy_weights, fetch_ahead, put
 from mamba3_train.kernels.hopper.state_walk import copy_keys, copy_tokens, fetch_walk
 from mamba3_train.kernels.hopper.states import store_state, zero_state
@@ -20,6 +20,7 @@ from mamba3_train.kernels.hopper.stream import (
     hold_bias,
     nothing_passed,
     place_of_walk,
+    read_scale_in_span,
     start_product,
     store_passed,
     turn_chunk_in_span,
@@ -41,6 +42,20 @@ def copy_next(stream, tile, values, rows, phase, log, log_decay, chunk_decay, do
                   STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
         copy_tokens(tile, values, chunk, seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
     async_copy.commit_group()
+
+
+@gluon.jit
+def turn_chunk_and_values(stream, turned, tokens, slot, weight_x, bias, passed, BACK: gl.constexpr, BIAS: gl.constexpr,
+                          DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, HEAD_DIM: gl.constexpr,
+                          PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """`turn_chunk_in_span`, scaled unless there are weights: then `rows_of_values` are; 0.0 for them without."""
+    v = 0.0
+    if weight_x is not None:
+        scale = read_scale_in_span(stream, passed, BACK, DOCUMENTS, row_layout(HEAD_DIM, RANK))
+        v = rows_of_values(tokens.index(slot), weight_x, scale, RANK, HEAD_DIM)
+    passed = turn_chunk_in_span(stream, turned, slot, bias, passed, BACK, weight_x is None, BIAS, DOCUMENTS,
+                                CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    return passed, v
 
 
 @gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
@@ -93,7 +108,7 @@ def hopper_span_sums_kernel(
     if mimo_x is not None:
         tiles = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], operand_layout(64, HEAD_DIM, dtype))
     s0, s1, s2 = zero_state(HEAD_DIM, PAIRS, REST)
-    passed = nothing_passed(phase, RANK, PAIRS, REST)
+    passed = nothing_passed(phase, RANK, PAIRS)
 
     # From where the span begins on the way back, otherwise from its end.
     origin = first if BACK else end - 1
@@ -101,12 +116,12 @@ def hopper_span_sums_kernel(
     copy_next(stream, tokens.index(0), values, rows, phase, log, log_decay, chunk_decay, document_ids, origin, seqlen,
               BACK, STRIDE, TOKEN_STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST)  # fmt: skip
     async_copy.wait_group(0)
-    passed = turn_chunk_in_span(stream, turned, 0, bias, passed, BACK, rows_bias is not None, DOCUMENTS,
-                                CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    passed, v = turn_chunk_and_values(stream, turned, tokens, 0, weight_x, bias, passed, BACK, rows_bias is not None,
+                                      DOCUMENTS, CHUNK, RANK, HEAD_DIM, PAIRS, REST)  # fmt: skip
     if rows_bias is not None:
         bias = hold_bias(bias, RANK, PAIRS, REST)
     if mimo_x is not None:
-        put(tiles.index(0), rows_of_values(tokens.index(0), weight_x, RANK, HEAD_DIM), CHUNK, RANK, HEAD_DIM)
+        put(tiles.index(0), v, CHUNK, RANK, HEAD_DIM)
     count = end - first
     place = origin + step * gl.minimum(1, count - 1)
     copy_next(stream, tokens.index(1), values, rows, phase, log, log_decay, chunk_decay, document_ids, place, seqlen,
@@ -117,10 +132,10 @@ def hopper_span_sums_kernel(
         s0, s1, s2 = start_product(of_value, turned, slot, s0, s1, s2, PAIRS, REST)
         # Meanwhile the next chunk's rows.
         async_copy.wait_group(0)
-        passed = turn_chunk_in_span(stream, turned, 1 - slot, bias, passed, BACK, rows_bias is not None, DOCUMENTS,
-                                    CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        passed, v = turn_chunk_and_values(stream, turned, tokens, 1 - slot, weight_x, bias, passed, BACK,
+                                          rows_bias is not None, DOCUMENTS, CHUNK, RANK, HEAD_DIM, PAIRS,
+                                          REST)  # fmt: skip
         if mimo_x is not None:
-            v = rows_of_values(tokens.index(1 - slot), weight_x, RANK, HEAD_DIM)
             put(tiles.index(1 - slot), v, CHUNK, RANK, HEAD_DIM)
         soon = origin + step * gl.minimum(i + FETCH, count - 1)
         if BACK:

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-from mamba3_train.kernels.hopper.layouts import operand_layout
+from mamba3_train.kernels.hopper.layouts import operand_layout, row_layout
 from mamba3_train.kernels.hopper.memory import (
     copy_bias,
     copy_tile_to,
@@ -28,6 +28,7 @@ from mamba3_train.kernels.hopper.stream import (
     end_product,
     hold_bias,
     place_of_walk,
+    read_scale,
     start_product,
     turn_chunk,
 )
@@ -127,12 +128,13 @@ def hopper_state_walk_kernel(
     copy_tokens(tokens.index(first % 2), x, first, seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
     async_copy.commit_group()
     async_copy.wait_group(0)
-    turn, decay, rest_decay = turn_chunk(stream, rows, first % 2, bias, True, B_bias is not None, DOCUMENTS,
-                                         CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    turn, decay, rest_decay = turn_chunk(stream, rows, first % 2, bias, True, mimo_x is None, B_bias is not None,
+                                         DOCUMENTS, CHUNK, RANK, PAIRS, REST)  # fmt: skip
     if B_bias is not None:
         bias = hold_bias(bias, RANK, PAIRS, REST)
     if mimo_x is not None:
-        v = rows_of_values(tokens.index(first % 2), weight_x, RANK, HEAD_DIM)
+        scale = read_scale(stream, True, DOCUMENTS, row_layout(HEAD_DIM, RANK))
+        v = rows_of_values(tokens.index(first % 2), weight_x, scale, RANK, HEAD_DIM)
         put(values.index(first % 2), v, CHUNK, RANK, HEAD_DIM)
     following = gl.minimum(first + 1, end - 1)
     copy_keys(stream, B, phase, key_log, log_decay, chunk_decay, document_ids, following, seqlen,
@@ -153,10 +155,11 @@ def hopper_state_walk_kernel(
         cos, sin = cosine_sine(turn)
         # Meanwhile the next chunk's rows; behind the last chunk they are the last one's once more.
         async_copy.wait_group(0)
-        turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, True, B_bias is not None, DOCUMENTS,
-                                             CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, True, mimo_x is None,
+                                             B_bias is not None, DOCUMENTS, CHUNK, RANK, PAIRS, REST)  # fmt: skip
         if mimo_x is not None:
-            v = rows_of_values(tokens.index(1 - slot), weight_x, RANK, HEAD_DIM)
+            scale = read_scale(stream, True, DOCUMENTS, row_layout(HEAD_DIM, RANK))
+            v = rows_of_values(tokens.index(1 - slot), weight_x, scale, RANK, HEAD_DIM)
             put(values.index(1 - slot), v, CHUNK, RANK, HEAD_DIM)
         following = gl.minimum(chunk + 2, end - 1)
         copy_keys(stream, B, phase, key_log, log_decay, chunk_decay, document_ids, following, seqlen,

@@ -175,17 +175,20 @@ def hold_bias(bias, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr)
 
 
 @gluon.jit
-def turn_chunk(stream, rows, slot, bias, TO_END: gl.constexpr, BIAS: gl.constexpr, DOCUMENTS: gl.constexpr,
-               CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """What arrived in the stream, plus its bias, turned and scaled, to a slot of `allocate_rows`.
+def turn_chunk(stream, rows, slot, bias, TO_END: gl.constexpr, SCALE: gl.constexpr, BIAS: gl.constexpr,
+               DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr,
+               REST: gl.constexpr):  # fmt: skip
+    """What arrived in the stream, plus its bias, turned and, with SCALE, scaled, to a slot of `allocate_rows`.
 
     Returns the chunk's whole turn and its decay, the latter to fit the first two parts and the third.
     """
     k0, k1, k2, fraction = read_rows(stream, RANK, PAIRS, REST)
-    scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(PAIRS, RANK))
+    scale = None
     rest_scale = None
-    if REST > 0:
-        rest_scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(REST, RANK))
+    if SCALE:
+        scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(PAIRS, RANK))
+        if REST > 0:
+            rest_scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(REST, RANK))
     put_turned(rows, slot, k0, k1, k2, bias, fraction, scale, rest_scale, BIAS, CHUNK, RANK, PAIRS, REST)
     decay = read_decay(stream, PAIRS)
     rest_decay = 0.0
@@ -197,10 +200,13 @@ def turn_chunk(stream, rows, slot, bias, TO_END: gl.constexpr, BIAS: gl.constexp
 @gluon.jit
 def put_turned(rows, slot, k0, k1, k2, bias, fraction, scale, rest_scale, BIAS: gl.constexpr, CHUNK: gl.constexpr,
                RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """`turned_rows` to a slot of `allocate_rows`."""
+    """`turned_rows` to a slot of `allocate_rows`, times their scales if there are any."""
     cos, sin = turn_of(fraction)
+    if scale is not None:
+        cos *= scale
+        sin *= scale
     b0, b1, b2 = bias
-    k0, k1, k2 = turned_rows(k0, k1, k2, b0, b1, b2, cos * scale, sin * scale, rest_scale, BIAS, RANK, PAIRS, REST)
+    k0, k1, k2 = turned_rows(k0, k1, k2, b0, b1, b2, cos, sin, rest_scale, BIAS, RANK, PAIRS, REST)
     q0, q1, q2 = rows
     put(q0.index(slot), k0, CHUNK, RANK, PAIRS)
     put(q1.index(slot), k1, CHUNK, RANK, PAIRS)
@@ -209,27 +215,30 @@ def put_turned(rows, slot, k0, k1, k2, bias, fraction, scale, rest_scale, BIAS: 
 
 
 @gluon.jit
-def nothing_passed(phase, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """Turn (PAIRS,) and decay (1,) of no chunk, to fit a chunk's rows; the decay also for their third part."""
+def nothing_passed(phase, RANK: gl.constexpr, PAIRS: gl.constexpr):
+    """Turn (PAIRS,) and decay (1,) of no chunk, to fit a chunk's rows."""
     pairs: gl.constexpr = row_layout(PAIRS, RANK)
     turn = gl.zeros([PAIRS], phase.dtype.element_ty, gl.SliceLayout(0, gl.SliceLayout(1, pairs)))
-    decay = gl.zeros([1], gl.float32, gl.SliceLayout(1, gl.SliceLayout(2, pairs))) + 1.0
-    rest_decay = 1.0
-    if REST > 0:
-        rest: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, row_layout(REST, RANK)))
-        rest_decay = gl.zeros([1], gl.float32, rest) + 1.0
-    return turn, decay, rest_decay
+    return turn, gl.zeros([1], gl.float32, gl.SliceLayout(1, gl.SliceLayout(2, pairs))) + 1.0
 
 
 @gluon.jit
-def turn_chunk_in_span(stream, rows, slot, bias, passed, BACK: gl.constexpr, BIAS: gl.constexpr,
+def read_scale_in_span(stream, passed, BACK: gl.constexpr, DOCUMENTS: gl.constexpr, layout: gl.constexpr):
+    """`read_scale` to where the span begins (BACK) or ends, past the decay `passed` on the way."""
+    _, decay = passed
+    decay = gl.convert_layout(decay, gl.SliceLayout(1, gl.SliceLayout(2, layout)), assert_trivial=True)
+    return read_scale(stream, not BACK, DOCUMENTS, layout) * decay[:, None, None]
+
+
+@gluon.jit
+def turn_chunk_in_span(stream, rows, slot, bias, passed, BACK: gl.constexpr, SCALE: gl.constexpr, BIAS: gl.constexpr,
                        DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr,
                        REST: gl.constexpr):  # fmt: skip
     """`turn_chunk` in the frame where the span begins (BACK) or ends, past the turn and decay `passed` on the way.
 
     Returns `passed` with this chunk's.
     """
-    turn, decay, rest_decay = passed
+    turn, decay = passed
     k0, k1, k2, fraction = read_rows(stream, RANK, PAIRS, REST)
     _, _, _, _, turns, _, _, of_chunk, _, _ = stream
     own = turns.load(turn.type.layout)
@@ -239,20 +248,20 @@ def turn_chunk_in_span(stream, rows, slot, bias, passed, BACK: gl.constexpr, BIA
     else:
         turn += own
         fraction -= turn[None, :]
-    scale = read_scale(stream, not BACK, DOCUMENTS, row_layout(PAIRS, RANK)) * decay[:, None, None]
-    decay *= of_chunk.load(decay.type.layout)
+    scale = None
     rest_scale = None
-    if REST > 0:
-        rest_scale = read_scale(stream, not BACK, DOCUMENTS, row_layout(REST, RANK)) * rest_decay[:, None, None]
-        rest_decay *= of_chunk.load(rest_decay.type.layout)
+    if SCALE:
+        scale = read_scale_in_span(stream, passed, BACK, DOCUMENTS, row_layout(PAIRS, RANK))
+        if REST > 0:
+            rest_scale = read_scale_in_span(stream, passed, BACK, DOCUMENTS, row_layout(REST, RANK))
     put_turned(rows, slot, k0, k1, k2, bias, fraction, scale, rest_scale, BIAS, CHUNK, RANK, PAIRS, REST)
-    return turn, decay, rest_decay
+    return turn, decay * of_chunk.load(decay.type.layout)
 
 
 @gluon.jit
 def store_passed(span_decay, span_turn, passed, PAIRS: gl.constexpr):
     """A span's whole decay and turn."""
-    turn, decay, _ = passed
+    turn, decay = passed
     gl.store(span_decay + gl.arange(0, 1, decay.type.layout), decay)
     gl.store(span_turn + gl.arange(0, PAIRS, turn.type.layout), turn)
 

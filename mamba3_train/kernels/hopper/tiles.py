@@ -127,10 +127,12 @@ def share_mixed(part, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constex
 
 
 @gluon.jit
-def rows_of_values(raw, mimo_x, RANK: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Tokens x (CHUNK, P) times mimo_x (RANK, P), both in shared memory, as rows."""
+def rows_of_values(raw, mimo_x, scale, RANK: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Tokens x (CHUNK, P) times mimo_x (RANK, P), both in shared memory, as rows; times their scale if it is given."""
     layout: gl.constexpr = row_layout(HEAD_DIM, RANK)
     rows = widened(read_by_token(raw, layout)) * read_by_rank(mimo_x, layout)
+    if scale is not None:
+        rows *= scale
     return rows.to(raw.dtype)
 
 
@@ -140,7 +142,7 @@ def share_values(raw, mimo_x, CHUNK: gl.constexpr, RANK: gl.constexpr, HEAD_DIM:
     if RANK == 1 and mimo_x is None:
         return raw
     else:
-        return share(rows_of_values(raw, mimo_x, RANK, HEAD_DIM), CHUNK, RANK, HEAD_DIM)
+        return share(rows_of_values(raw, mimo_x, None, RANK, HEAD_DIM), CHUNK, RANK, HEAD_DIM)
 
 
 @gluon.jit
