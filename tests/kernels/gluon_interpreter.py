@@ -394,6 +394,7 @@ language = namespace(
     reshape=lambda tile, shape: Tensor(tile.data.reshape(shape)),
     permute=lambda tile, order: Tensor(tile.data.permute(order)),
     split=lambda tile: (Tensor(tile.data[..., 0]), Tensor(tile.data[..., 1])),
+    join=lambda one, other: Tensor(torch.stack((one.data, other.data), dim=-1)),
     convert_layout=lambda tile, layout, assert_trivial=False: tile,
     minimum=binary(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
     maximum=binary(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b))),

@@ -34,6 +34,7 @@ from mamba3_train.kernels.hopper.memory import (
 )
 from mamba3_train.kernels.hopper.states import copy_state
 from mamba3_train.kernels.hopper.tiles import (
+    add_to_diagonal,
     decay_to_end,
     dot_from_state,
     dot_onto_state,
@@ -46,6 +47,8 @@ from mamba3_train.kernels.hopper.tiles import (
     share_turned,
     share_values,
     sum_of_tokens,
+    sums_on_diagonal,
+    trace,
     turn_of,
     weigh,
     weight_pairs,
@@ -119,22 +122,19 @@ def hopper_chunk_keys_backward_kernel(
     d_v = dot_over_state(k0, k1, k2, s0, s1, s2, REST)
     weight = weight_pairs(of_row, of_column, gamma, id_row, id_column, ids is not None, True, CHUNK, RANK)
     scores, by_score = warpgroup_mma_wait(PARTS, [scores, by_score])
-    row = gl.arange(0, 64, gl.SliceLayout(1, square))[:, None]
-    column = gl.arange(0, 64, gl.SliceLayout(0, square))[None, :]
-    same = gl.sum(gl.where(row // RANK == column // RANK, scores * by_score, 0.0), axis=1)
-    same = gl.sum(gl.reshape(same, [CHUNK, RANK]), axis=1)
+    same = sums_on_diagonal(scores, by_score, CHUNK, RANK)
     gl.store(d_diagonal + scalars + gl.arange(0, CHUNK, same.type.layout), same)
-    on_diagonal = gl.sum(gl.where(row == column, by_score, 0.0), axis=1)
+    on_diagonal = trace(by_score)
     scores = weigh(scores, weight, CHUNK, RANK)
     by_score = weigh(by_score, weight, CHUNK, RANK).to(dtype)
     if D is not None:
-        scores += gl.where(row == column, skip, 0.0)
+        scores = add_to_diagonal(scores, skip)
     scores = gl.convert_layout(scores.to(dtype), left_layout(64))
     d_v = scale_tokens(warpgroup_mma_wait(0, [d_v]), to_end, CHUNK, RANK, HEAD_DIM)
     # [rows, rows] @ [rows, P] -> [rows, P]
     d_v = warpgroup_mma(scores, by_y, d_v, is_async=True)
     if D is not None:
-        gl.store(d_D + partial, gl.sum(on_diagonal, axis=0))
+        gl.store(d_D + partial, on_diagonal)
     # What the products read is kept until they are through: nothing else may be put in its place before.
     d_x_of = by_token(warpgroup_mma_wait(0, [d_v, by_y])[0], CHUNK, RANK, HEAD_DIM)
     if mimo_x is not None:

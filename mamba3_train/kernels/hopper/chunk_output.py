@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mamba3_train.kernels.hopper.gate import gate_rows
-from mamba3_train.kernels.hopper.layouts import accumulator_layout, left_layout, product_layout, row_layout
+from mamba3_train.kernels.hopper.layouts import accumulator_layout, left_layout, row_layout
 from mamba3_train.kernels.hopper.memory import (
     by_token,
     copy_bias,
@@ -27,6 +27,7 @@ from mamba3_train.kernels.hopper.memory import (
 )
 from mamba3_train.kernels.hopper.states import copy_state
 from mamba3_train.kernels.hopper.tiles import (
+    add_to_diagonal,
     decay_from_start,
     dot_over_state,
     hold,
@@ -50,9 +51,7 @@ def outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, 
     y = dot_over_state(q0, q1, q2, s0, s1, s2, REST)
     scores = weigh(warpgroup_mma_wait(PARTS, [scores]), weight, CHUNK, RANK)
     if skip is not None:
-        row = gl.arange(0, 64, gl.SliceLayout(1, product_layout(64)))[:, None]
-        column = gl.arange(0, 64, gl.SliceLayout(0, product_layout(64)))[None, :]
-        scores += gl.where(row == column, skip, 0.0)
+        scores = add_to_diagonal(scores, skip)
     scores = gl.convert_layout(scores.to(v.dtype), left_layout(64))
     y = scale_tokens(warpgroup_mma_wait(0, [y]), from_start, CHUNK, RANK, HEAD_DIM)
     # [rows, rows] @ [rows, P] -> [rows, P]
