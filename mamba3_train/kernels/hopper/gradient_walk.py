@@ -60,25 +60,40 @@ def store_inner(inner, d_turn, s0, s1, s2, a0, a1, a2, cos, sin, PAIRS: gl.const
     """Gradients by a chunk's whole decay and turn, in one part a warp.
 
     s: the gradient of the state after the chunk, rounded here as the keys see it: what they and the state contribute
-    must cancel. a: that state, in shared memory and in the next chunk's frame.
+    must cancel. a: that state, in shared memory and in the next chunk's frame. Each column's sums are turned, not it.
     """
-    ROWS: gl.constexpr = 64 // INNER_PARTS
-    after0 = read_mixed(a0, PAIRS)
-    after1 = read_mixed(a1, PAIRS)
-    first = after0 * cos[None, :] - after1 * sin[None, :]
-    after1 = after1 * cos[None, :] + after0 * sin[None, :]
     s0 = rounded(s0, a0.dtype)
     s1 = rounded(s1, a0.dtype)
-    by_turn = gl.sum(gl.reshape(s0 * after1 - s1 * first, [INNER_PARTS, ROWS, PAIRS]), axis=1)
+    after0 = read_mixed(a0, PAIRS)
+    after1 = read_mixed(a1, PAIRS)
+    across = sum_in_thread(s0 * after1 - s1 * after0, INNER_PARTS, PAIRS)
+    along = sum_in_thread(s0 * after0 + s1 * after1, INNER_PARTS, PAIRS)
+    of_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, across.type.layout))
+    cos = gl.convert_layout(cos, of_column, assert_trivial=True)[None, None, :]
+    sin = gl.convert_layout(sin, of_column, assert_trivial=True)[None, None, :]
+    by_turn = gl.sum(across * cos + along * sin, axis=1)
     part = gl.arange(0, INNER_PARTS, gl.SliceLayout(1, by_turn.type.layout))[:, None]
     pair = gl.arange(0, PAIRS, gl.SliceLayout(0, by_turn.type.layout))[None, :]
     gl.store(d_turn + part * PAIRS + pair, by_turn)
-    by_row = gl.sum(s0 * first + s1 * after1, axis=1)
+    by_decay = sum_of_eights(along * cos - across * sin, INNER_PARTS, PAIRS)
     if REST > 0:
-        rest = gl.sum(rounded(s2, a2.dtype) * read_mixed(a2, REST), axis=1)
-        by_row += gl.convert_layout(rest, by_row.type.layout, assert_trivial=True)
-    by_decay = gl.sum(gl.reshape(by_row, [INNER_PARTS, ROWS]), axis=1)
+        rest = sum_in_thread(rounded(s2, a2.dtype) * read_mixed(a2, REST), INNER_PARTS, REST)
+        rest = sum_of_eights(rest, INNER_PARTS, REST)
+        by_decay += gl.convert_layout(rest, by_decay.type.layout, assert_trivial=True)
+    by_decay = gl.sum(gl.reshape(by_decay, [INNER_PARTS, 64]), axis=1)
     gl.store(inner + gl.arange(0, INNER_PARTS, by_decay.type.layout), by_decay)
+
+
+@gluon.jit
+def sum_in_thread(tile, PARTS: gl.constexpr, WIDTH: gl.constexpr):
+    """Sum a product's (64, WIDTH) rows over the bit of 8, whose numbers are in one thread: (PARTS, 8, WIDTH)."""
+    return gl.sum(gl.reshape(tile, [PARTS, 2, 8, WIDTH]), axis=1)
+
+
+@gluon.jit
+def sum_of_eights(tile, PARTS: gl.constexpr, WIDTH: gl.constexpr):
+    """Its columns over the bits from 8 on, likewise: (PARTS, 8, 8)."""
+    return gl.sum(gl.reshape(tile, [PARTS, 8, WIDTH // 8, 8]), axis=2)
 
 
 @gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
