@@ -6,7 +6,7 @@ sequences are walked, or all spans at a time, from the gradients that they begin
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared
 
 from mamba3_train.kernels.hopper.layouts import operand_layout
 from mamba3_train.kernels.hopper.memory import copy_bias, copy_tile_to, fetch_ahead
@@ -26,6 +26,7 @@ from mamba3_train.kernels.hopper.stream import (
     decay_state,
     end_product,
     hold_bias,
+    of_chunk,
     place_of_walk,
     start_product,
     turn_chunk,
@@ -140,15 +141,14 @@ def hopper_gradient_walk_kernel(
         s0, s1, s2 = load_state(starts + (of_walk if WALK > 0 else of_head) * SIZE, PAIRS, REST)
 
     chunk = end - 1
-    copy_queries(stream, C, phase, log_decay, chunk_decay, document_ids, chunk, seqlen,
+    copy_queries(of_chunk(stream, 0, DOCUMENTS, REST), C, phase, log_decay, chunk_decay, document_ids, chunk, seqlen,
                  STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
-    copy_y(y.index(chunk % 2), d_y, chunk, HEAD_DIM)
+    copy_y(y.index(0), d_y, chunk, HEAD_DIM)
     async_copy.commit_group()
-    async_copy.wait_group(0)
-    turn, decay, rest_decay = turn_chunk(stream, rows, chunk % 2, bias, False, True, C_bias is not None, DOCUMENTS,
-                                         CHUNK, RANK, PAIRS, REST)  # fmt: skip
-    if C_bias is not None:
-        bias = hold_bias(bias, RANK, PAIRS, REST)
+    following = gl.maximum(chunk - 1, first)
+    copy_queries(of_chunk(stream, 1, DOCUMENTS, REST), C, phase, log_decay, chunk_decay, document_ids, following,
+                 seqlen, STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    async_copy.commit_group()
     SLOT: gl.constexpr = HEADS_HERE * SIZE
     states += ((batch * (chunks + 1) + 1) * HEADS_HERE + here) * SIZE  # after each chunk
     inner += of_head * chunks * INNER_PARTS
@@ -156,37 +156,43 @@ def hopper_gradient_walk_kernel(
     a0, a1, a2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
     copy_state_to(a0, a1, a2, states + chunk.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
     async_copy.commit_group()
-    following = gl.maximum(chunk - 1, first)
-    copy_queries(stream, C, phase, log_decay, chunk_decay, document_ids, following, seqlen,
-                 STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
-    copy_y(y.index(1 - chunk % 2), d_y, following, HEAD_DIM)
+    copy_y(y.index(1), d_y, following, HEAD_DIM)
     async_copy.commit_group()
+    async_copy.wait_group(3)
+    turn, decay, rest_decay = turn_chunk(of_chunk(stream, 0, DOCUMENTS, REST), rows, 0, bias, False, True,
+                                         C_bias is not None, DOCUMENTS, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    if C_bias is not None:
+        bias = hold_bias(bias, RANK, PAIRS, REST)
+    fence_async_shared()
 
-    for i in range(first, end):
-        chunk = end - 1 - (i - first)
-        slot = chunk % 2
+    for i in range(end - first):
+        chunk = end - 1 - i
+        slot = i % 2
+        # Behind the walk's first chunk that one is brought and turned once more.
+        following = gl.maximum(chunk - 2, first)
+        copy_queries(of_chunk(stream, slot, DOCUMENTS, REST), C, phase, log_decay, chunk_decay, document_ids,
+                     following, seqlen, STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        async_copy.commit_group()
         # Into the chunk's own frame.
         cos, sin = cosine_sine(turn)
         turned = s0 * cos[None, :] - s1 * sin[None, :]
         s1 = s1 * cos[None, :] + s0 * sin[None, :]
         s0 = turned
-        async_copy.wait_group(1)  # the state, not yet the next chunk
+        async_copy.wait_group(2)  # the state and all before it
         store_inner(inner + chunk * INNER_PARTS, d_turn + chunk * (INNER_PARTS * PAIRS), s0, s1, s2, a0, a1, a2,
                     cos, sin, PAIRS, REST, INNER_PARTS)  # fmt: skip
         store_mixed(states + chunk.to(gl.int64) * SLOT, s0, s1, s2, PAIRS, REST)
         of_y = y.index(slot)
         s0, s1, s2 = decay_state(s0, s1, s2, decay, rest_decay, REST)
         s0, s1, s2 = start_product(of_y, rows, slot, s0, s1, s2, PAIRS, REST)
-        # Meanwhile the next chunk's rows; behind the walk's first chunk they are that one's once more.
+        # Meanwhile the next chunk's rows.
         next = gl.maximum(chunk - 1, first)
         copy_state_to(a0, a1, a2, states + next.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
         async_copy.commit_group()
-        async_copy.wait_group(1)  # the next chunk, not yet the state
-        turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, False, True, C_bias is not None, DOCUMENTS,
-                                             CHUNK, RANK, PAIRS, REST)  # fmt: skip
-        following = gl.maximum(chunk - 2, first)
-        copy_queries(stream, C, phase, log_decay, chunk_decay, document_ids, following, seqlen,
-                     STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        turn, decay, rest_decay = turn_chunk(of_chunk(stream, 1 - slot, DOCUMENTS, REST), rows, 1 - slot, bias, False,
+                                             True, C_bias is not None, DOCUMENTS, CHUNK, RANK, PAIRS,
+                                             REST)  # fmt: skip
+        fence_async_shared()
         soon = gl.maximum(chunk - FETCH, first)
         fetch_ahead(phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2)
         fetch_ahead(d_y + soon.to(gl.int64) * (64 * HEAD_DIM), 64 * HEAD_DIM * 2)

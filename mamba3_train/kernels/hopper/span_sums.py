@@ -6,7 +6,7 @@ add up what they give. So chunks are taken from there on, and only the turn and 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared
 
 from mamba3_train.kernels.hopper.gradient_walk import copy_queries, copy_y
 from mamba3_train.kernels.hopper.layouts import operand_layout, row_layout
@@ -19,6 +19,7 @@ from mamba3_train.kernels.hopper.stream import (
     end_product,
     hold_bias,
     nothing_passed,
+    of_chunk,
     place_of_walk,
     read_scale_in_span,
     start_product,
@@ -45,14 +46,14 @@ def copy_next(stream, tile, values, rows, phase, log, log_decay, chunk_decay, do
 
 
 @gluon.jit
-def turn_chunk_and_values(stream, turned, tokens, slot, weight_x, bias, passed, BACK: gl.constexpr, BIAS: gl.constexpr,
+def turn_chunk_and_values(stream, turned, slot, tokens, weight_x, bias, passed, BACK: gl.constexpr, BIAS: gl.constexpr,
                           DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, HEAD_DIM: gl.constexpr,
                           PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
     """`turn_chunk_in_span`, scaled unless there are weights: then `rows_of_values` are; 0.0 for them without."""
     v = 0.0
     if weight_x is not None:
         scale = read_scale_in_span(stream, passed, BACK, DOCUMENTS, row_layout(HEAD_DIM, RANK))
-        v = rows_of_values(tokens.index(slot), weight_x, scale, RANK, HEAD_DIM)
+        v = rows_of_values(tokens, weight_x, scale, RANK, HEAD_DIM)
     passed = turn_chunk_in_span(stream, turned, slot, bias, passed, BACK, weight_x is None, BIAS, DOCUMENTS,
                                 CHUNK, RANK, PAIRS, REST)  # fmt: skip
     return passed, v
@@ -103,7 +104,7 @@ def hopper_span_sums_kernel(
     stream = allocate_stream(rows, phase, DOCUMENTS, CHUNK, RANK, PAIRS, REST)
     turned = allocate_rows(dtype, PAIRS, REST)
     TOKENS: gl.constexpr = 64 if BACK else CHUNK
-    tokens = gl.allocate_shared_memory(dtype, [2, TOKENS, HEAD_DIM], operand_layout(TOKENS, HEAD_DIM, dtype))
+    tokens = gl.allocate_shared_memory(dtype, [3, TOKENS, HEAD_DIM], operand_layout(TOKENS, HEAD_DIM, dtype))
     tiles = tokens
     if mimo_x is not None:
         tiles = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], operand_layout(64, HEAD_DIM, dtype))
@@ -113,30 +114,38 @@ def hopper_span_sums_kernel(
     # From where the span begins on the way back, otherwise from its end.
     origin = first if BACK else end - 1
     step = 1 if BACK else -1
-    copy_next(stream, tokens.index(0), values, rows, phase, log, log_decay, chunk_decay, document_ids, origin, seqlen,
-              BACK, STRIDE, TOKEN_STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST)  # fmt: skip
-    async_copy.wait_group(0)
-    passed, v = turn_chunk_and_values(stream, turned, tokens, 0, weight_x, bias, passed, BACK, rows_bias is not None,
-                                      DOCUMENTS, CHUNK, RANK, HEAD_DIM, PAIRS, REST)  # fmt: skip
+    count = end - first
+    for i in range(2):
+        place = origin + step * gl.minimum(i, count - 1)
+        copy_next(of_chunk(stream, i, DOCUMENTS, REST), tokens.index(i), values, rows, phase, log, log_decay,
+                  chunk_decay, document_ids, place, seqlen, BACK, STRIDE, TOKEN_STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS,
+                  REST)  # fmt: skip
+    async_copy.wait_group(1)
+    passed, v = turn_chunk_and_values(of_chunk(stream, 0, DOCUMENTS, REST), turned, 0, tokens.index(0), weight_x, bias,
+                                      passed, BACK, rows_bias is not None, DOCUMENTS, CHUNK, RANK, HEAD_DIM, PAIRS,
+                                      REST)  # fmt: skip
     if rows_bias is not None:
         bias = hold_bias(bias, RANK, PAIRS, REST)
     if mimo_x is not None:
         put(tiles.index(0), v, CHUNK, RANK, HEAD_DIM)
-    count = end - first
-    place = origin + step * gl.minimum(1, count - 1)
-    copy_next(stream, tokens.index(1), values, rows, phase, log, log_decay, chunk_decay, document_ids, place, seqlen,
-              BACK, STRIDE, TOKEN_STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST)  # fmt: skip
+    fence_async_shared()
     for i in range(count - 1):
         slot = i % 2
-        of_value = tiles.index(slot)
+        of_value = tiles.index(i % 3 if mimo_x is None else slot)
+        place = origin + step * gl.minimum(i + 2, count - 1)
+        copy_next(of_chunk(stream, slot, DOCUMENTS, REST), tokens.index((i + 2) % 3), values, rows, phase, log,
+                  log_decay, chunk_decay, document_ids, place, seqlen, BACK, STRIDE, TOKEN_STRIDE, CHUNK, RANK,
+                  HEAD_DIM, PAIRS, REST)  # fmt: skip
         s0, s1, s2 = start_product(of_value, turned, slot, s0, s1, s2, PAIRS, REST)
         # Meanwhile the next chunk's rows.
-        async_copy.wait_group(0)
-        passed, v = turn_chunk_and_values(stream, turned, tokens, 1 - slot, weight_x, bias, passed, BACK,
+        async_copy.wait_group(1)
+        passed, v = turn_chunk_and_values(of_chunk(stream, 1 - slot, DOCUMENTS, REST), turned, 1 - slot,
+                                          tokens.index((i + 1) % 3), weight_x, bias, passed, BACK,
                                           rows_bias is not None, DOCUMENTS, CHUNK, RANK, HEAD_DIM, PAIRS,
                                           REST)  # fmt: skip
         if mimo_x is not None:
             put(tiles.index(1 - slot), v, CHUNK, RANK, HEAD_DIM)
+        fence_async_shared()
         soon = origin + step * gl.minimum(i + FETCH, count - 1)
         if BACK:
             fetch_ahead(phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2)
@@ -145,12 +154,9 @@ def hopper_span_sums_kernel(
             fetch_walk(values + soon.to(gl.int64) * (CHUNK * TOKEN_STRIDE), phase + soon * (CHUNK * PAIRS),
                        CHUNK * PAIRS * 2, TOKEN_STRIDE, seqlen - soon * CHUNK, CHUNK)  # fmt: skip
         s0, s1, s2 = end_product(of_value, turned, slot, s0, s1, s2, REST)
-        place = origin + step * gl.minimum(i + 2, count - 1)
-        copy_next(stream, tokens.index(slot), values, rows, phase, log, log_decay, chunk_decay, document_ids, place,
-                  seqlen, BACK, STRIDE, TOKEN_STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS, REST)  # fmt: skip
     async_copy.wait_group(0)
     slot = (count - 1) % 2
-    of_value = tiles.index(slot)
+    of_value = tiles.index((count - 1) % 3 if mimo_x is None else slot)
     s0, s1, s2 = start_product(of_value, turned, slot, s0, s1, s2, PAIRS, REST)
     s0, s1, s2 = end_product(of_value, turned, slot, s0, s1, s2, REST)
     store_state(sums + of_span * (HEAD_DIM * D_STATE), s0, s1, s2, PAIRS, REST)

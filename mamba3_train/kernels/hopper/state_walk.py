@@ -8,7 +8,7 @@ the states that they begin with (`span_sums.py`), as the backward always does.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared
 
 from mamba3_train.kernels.hopper.layouts import operand_layout, row_layout
 from mamba3_train.kernels.hopper.memory import (
@@ -27,6 +27,7 @@ from mamba3_train.kernels.hopper.stream import (
     decay_state,
     end_product,
     hold_bias,
+    of_chunk,
     place_of_walk,
     read_scale,
     start_product,
@@ -114,7 +115,7 @@ def hopper_state_walk_kernel(
     )
     stream = allocate_stream(B, phase, DOCUMENTS, CHUNK, RANK, PAIRS, REST)
     rows = allocate_rows(dtype, PAIRS, REST)
-    tokens = gl.allocate_shared_memory(dtype, [2, CHUNK, HEAD_DIM], operand_layout(CHUNK, HEAD_DIM, dtype))
+    tokens = gl.allocate_shared_memory(dtype, [3, CHUNK, HEAD_DIM], operand_layout(CHUNK, HEAD_DIM, dtype))
     values = tokens
     if mimo_x is not None:
         values = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], operand_layout(64, HEAD_DIM, dtype))
@@ -123,53 +124,54 @@ def hopper_state_walk_kernel(
     else:
         s0, s1, s2 = load_state(starts + (of_head * gl.num_programs(2) + gl.program_id(2)) * SIZE, PAIRS, REST)
 
-    copy_keys(stream, B, phase, key_log, log_decay, chunk_decay, document_ids, first, seqlen,
-              STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
-    copy_tokens(tokens.index(first % 2), x, first, seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
-    async_copy.commit_group()
-    async_copy.wait_group(0)
-    turn, decay, rest_decay = turn_chunk(stream, rows, first % 2, bias, True, mimo_x is None, B_bias is not None,
-                                         DOCUMENTS, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+    for chunk in range(first, first + 2):
+        copy_keys(of_chunk(stream, chunk % 2, DOCUMENTS, REST), B, phase, key_log, log_decay, chunk_decay,
+                  document_ids, gl.minimum(chunk, end - 1), seqlen, STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        copy_tokens(tokens.index(chunk % 3), x, gl.minimum(chunk, end - 1), seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
+        async_copy.commit_group()
+    async_copy.wait_group(1)
+    turn, decay, rest_decay = turn_chunk(of_chunk(stream, first % 2, DOCUMENTS, REST), rows, first % 2, bias, True,
+                                         mimo_x is None, B_bias is not None, DOCUMENTS, CHUNK, RANK, PAIRS,
+                                         REST)  # fmt: skip
     if B_bias is not None:
         bias = hold_bias(bias, RANK, PAIRS, REST)
     if mimo_x is not None:
-        scale = read_scale(stream, True, DOCUMENTS, row_layout(HEAD_DIM, RANK))
-        v = rows_of_values(tokens.index(first % 2), weight_x, scale, RANK, HEAD_DIM)
+        scale = read_scale(of_chunk(stream, first % 2, DOCUMENTS, REST), True, DOCUMENTS, row_layout(HEAD_DIM, RANK))
+        v = rows_of_values(tokens.index(first % 3), weight_x, scale, RANK, HEAD_DIM)
         put(values.index(first % 2), v, CHUNK, RANK, HEAD_DIM)
-    following = gl.minimum(first + 1, end - 1)
-    copy_keys(stream, B, phase, key_log, log_decay, chunk_decay, document_ids, following, seqlen,
-              STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
-    copy_tokens(tokens.index((first + 1) % 2), x, following, seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
-    async_copy.commit_group()
+    fence_async_shared()
     if kept is not None:
         keep_start(kept, first, s0, s1, s2, SPAN, PAIRS, REST)
 
     for chunk in range(first, end):
         slot = chunk % 2
-        of_value = values.index(slot)
+        of_value = values.index(chunk % 3 if mimo_x is None else slot)
+        # Behind the last chunk that one is brought and turned once more.
+        following = gl.minimum(chunk + 2, end - 1)
+        copy_keys(of_chunk(stream, slot, DOCUMENTS, REST), B, phase, key_log, log_decay, chunk_decay, document_ids,
+                  following, seqlen, STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        copy_tokens(tokens.index((chunk + 2) % 3), x, following, seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
+        async_copy.commit_group()
         if before is not None:
             store_mixed(before, s0, s1, s2, PAIRS, REST)
             before += HEADS_HERE * SIZE
         s0, s1, s2 = decay_state(s0, s1, s2, decay, rest_decay, REST)
         s0, s1, s2 = start_product(of_value, rows, slot, s0, s1, s2, PAIRS, REST)
         cos, sin = cosine_sine(turn)
-        # Meanwhile the next chunk's rows; behind the last chunk they are the last one's once more.
-        async_copy.wait_group(0)
-        turn, decay, rest_decay = turn_chunk(stream, rows, 1 - slot, bias, True, mimo_x is None,
-                                             B_bias is not None, DOCUMENTS, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        # Meanwhile the next chunk's rows.
+        async_copy.wait_group(1)
+        next = of_chunk(stream, 1 - slot, DOCUMENTS, REST)
+        turn, decay, rest_decay = turn_chunk(next, rows, 1 - slot, bias, True, mimo_x is None, B_bias is not None,
+                                             DOCUMENTS, CHUNK, RANK, PAIRS, REST)  # fmt: skip
         if mimo_x is not None:
-            scale = read_scale(stream, True, DOCUMENTS, row_layout(HEAD_DIM, RANK))
-            v = rows_of_values(tokens.index(1 - slot), weight_x, scale, RANK, HEAD_DIM)
+            scale = read_scale(next, True, DOCUMENTS, row_layout(HEAD_DIM, RANK))
+            v = rows_of_values(tokens.index((chunk + 1) % 3), weight_x, scale, RANK, HEAD_DIM)
             put(values.index(1 - slot), v, CHUNK, RANK, HEAD_DIM)
-        following = gl.minimum(chunk + 2, end - 1)
-        copy_keys(stream, B, phase, key_log, log_decay, chunk_decay, document_ids, following, seqlen,
-                  STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+        fence_async_shared()
         soon = gl.minimum(chunk + FETCH, end - 1)
         fetch_walk(x + soon.to(gl.int64) * (CHUNK * TOKEN_STRIDE), phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2,
                    TOKEN_STRIDE, seqlen - soon * CHUNK, CHUNK)  # fmt: skip
         s0, s1, s2 = end_product(of_value, rows, slot, s0, s1, s2, REST)
-        copy_tokens(tokens.index(slot), x, following, seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
-        async_copy.commit_group()
         # Into the next chunk's frame.
         turned = s0 * cos[None, :] + s1 * sin[None, :]
         s1 = s1 * cos[None, :] - s0 * sin[None, :]

@@ -1,12 +1,13 @@
 """What a walk's next chunk but one brings, on its way to shared memory while two are worked on.
 
 Loads into registers would not do: the hardware follows loads by six counters only, so that a wait for a number from
-shared memory is often one for the next chunk's numbers from memory, too. Copies to shared memory have their own.
+shared memory is often one for the next chunk's numbers from memory, too. Copies to shared memory have their own. There
+is room for two chunks, so that a copy begins a whole chunk's work before it is waited for.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma_wait
 
 from mamba3_train.kernels.hopper.layouts import copy_layout, left_layout, operand_layout, product_layout, row_layout
 from mamba3_train.kernels.hopper.memory import put
@@ -50,31 +51,46 @@ def each_layout():
 @gluon.jit
 def allocate_stream(B, phase, DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr,
                     REST: gl.constexpr):  # fmt: skip
-    """Shared memory for a chunk: three parts of rows, phases, the last of them, scales and ids or one of them."""
+    """Shared memory for two chunks: three parts of rows, phases, the last of them, scales and ids or one of them."""
     dtype: gl.constexpr = B.dtype.element_ty
     turn: gl.constexpr = phase.dtype.element_ty
-    k0 = gl.allocate_shared_memory(dtype, [CHUNK, RANK, PAIRS], plain_layout(3))
-    k1 = gl.allocate_shared_memory(dtype, [CHUNK, RANK, PAIRS], plain_layout(3))
+    k0 = gl.allocate_shared_memory(dtype, [2, CHUNK, RANK, PAIRS], plain_layout(3))
+    k1 = gl.allocate_shared_memory(dtype, [2, CHUNK, RANK, PAIRS], plain_layout(3))
     k2 = 0.0
     if REST > 0:
-        k2 = gl.allocate_shared_memory(dtype, [CHUNK, RANK, REST], plain_layout(3))
-    phases = gl.allocate_shared_memory(turn, [CHUNK, PAIRS], plain_layout(2))
-    turns = gl.allocate_shared_memory(turn, [PAIRS], plain_layout(1))
-    logs = gl.allocate_shared_memory(gl.float32, [CHUNK], plain_layout(1))
-    end = gl.allocate_shared_memory(gl.float32, [1], plain_layout(1))
-    decay = gl.allocate_shared_memory(gl.float32, [1], plain_layout(1))
+        k2 = gl.allocate_shared_memory(dtype, [2, CHUNK, RANK, REST], plain_layout(3))
+    phases = gl.allocate_shared_memory(turn, [2, CHUNK, PAIRS], plain_layout(2))
+    turns = gl.allocate_shared_memory(turn, [2, PAIRS], plain_layout(1))
+    logs = gl.allocate_shared_memory(gl.float32, [2, CHUNK], plain_layout(1))
+    end = gl.allocate_shared_memory(gl.float32, [2, 1], plain_layout(1))
+    decay = gl.allocate_shared_memory(gl.float32, [2, 1], plain_layout(1))
     ids = 0
     edge = 0
     if DOCUMENTS:
-        ids = gl.allocate_shared_memory(gl.int32, [CHUNK], plain_layout(1))
-        edge = gl.allocate_shared_memory(gl.int32, [1], plain_layout(1))
+        ids = gl.allocate_shared_memory(gl.int32, [2, CHUNK], plain_layout(1))
+        edge = gl.allocate_shared_memory(gl.int32, [2, 1], plain_layout(1))
     return k0, k1, k2, phases, turns, logs, end, decay, ids, edge
+
+
+@gluon.jit
+def of_chunk(stream, slot, DOCUMENTS: gl.constexpr, REST: gl.constexpr):
+    """One chunk's part of `allocate_stream`."""
+    k0, k1, k2, phases, turns, logs, end, decay, ids, edge = stream
+    if REST > 0:
+        k2 = k2.index(slot)
+    if DOCUMENTS:
+        ids = ids.index(slot)
+        edge = edge.index(slot)
+    return (
+        k0.index(slot), k1.index(slot), k2, phases.index(slot), turns.index(slot), logs.index(slot), end.index(slot),
+        decay.index(slot), ids, edge,
+    )  # fmt: skip
 
 
 @gluon.jit
 def copy_chunk(stream, rows, phase, log, end, decay, id, edge, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr,
                RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
-    """Start copying a chunk to where `allocate_stream` says.
+    """Start copying a chunk to its part of the stream, of `of_chunk` as everywhere below.
 
     rows, phase, log, id: pointers to the chunk's first; end, decay, edge: to one number. end, id, edge may be None.
     """
@@ -240,7 +256,7 @@ def turn_chunk_in_span(stream, rows, slot, bias, passed, BACK: gl.constexpr, SCA
     """
     turn, decay = passed
     k0, k1, k2, fraction = read_rows(stream, RANK, PAIRS, REST)
-    _, _, _, _, turns, _, _, of_chunk, _, _ = stream
+    _, _, _, _, turns, _, _, own_decay, _, _ = stream
     own = turns.load(turn.type.layout)
     if BACK:
         fraction += turn[None, :]
@@ -255,7 +271,7 @@ def turn_chunk_in_span(stream, rows, slot, bias, passed, BACK: gl.constexpr, SCA
         if REST > 0:
             rest_scale = read_scale_in_span(stream, passed, BACK, DOCUMENTS, row_layout(REST, RANK))
     put_turned(rows, slot, k0, k1, k2, bias, fraction, scale, rest_scale, BIAS, CHUNK, RANK, PAIRS, REST)
-    return turn, decay * of_chunk.load(decay.type.layout)
+    return turn, decay * own_decay.load(decay.type.layout)
 
 
 @gluon.jit
@@ -278,14 +294,13 @@ def decay_state(s0, s1, s2, decay, rest_decay, REST: gl.constexpr):
 
 @gluon.jit
 def start_product(a, rows, slot, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.constexpr):
-    """Start a state's sum with aᵀ @ a chunk's rows."""
+    """Start a state's sum with aᵀ @ a chunk's rows, which were fenced."""
     q0, q1, q2 = rows
     third = 0.0
     if REST > 0:
         third = q2.index(slot)
     # In registers the left operand is read once for all parts.
     left = a.permute((1, 0)).load(left_layout(PAIRS))
-    fence_async_shared()
     # [P, rows] @ [rows, N] + [P, N] -> [P, N]
     return dot_onto_state(left, q0.index(slot), q1.index(slot), third, s0, s1, s2, PAIRS, REST)
 
