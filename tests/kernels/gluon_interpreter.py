@@ -388,6 +388,7 @@ language = namespace(
     int64=tl.int64, int32=tl.int32, int16=tl.int16,
     program_id=lambda axis: Tensor(torch.tensor(program.place[axis], dtype=torch.int32)),
     num_programs=lambda axis: Tensor(torch.tensor(program.grid[axis], dtype=torch.int32)),
+    static_range=range,
     arange=lambda start, end, layout: Tensor(torch.arange(start, end, dtype=torch.int32)),
     zeros=lambda shape, dtype, layout: Tensor(torch.zeros(shape, dtype=TORCH_DTYPES[dtype])),
     load=load, store=store, where=where, sum=total, inline_asm_elementwise=inline_asm_elementwise,

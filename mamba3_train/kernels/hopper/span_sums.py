@@ -115,7 +115,7 @@ def hopper_span_sums_kernel(
     origin = first if BACK else end - 1
     step = 1 if BACK else -1
     count = end - first
-    for i in range(2):
+    for i in gl.static_range(2):
         place = origin + step * gl.minimum(i, count - 1)
         copy_next(of_chunk(stream, i, DOCUMENTS, REST), tokens.index(i), values, rows, phase, log, log_decay,
                   chunk_decay, document_ids, place, seqlen, BACK, STRIDE, TOKEN_STRIDE, CHUNK, RANK, HEAD_DIM, PAIRS,

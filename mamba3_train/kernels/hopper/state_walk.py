@@ -124,7 +124,8 @@ def hopper_state_walk_kernel(
     else:
         s0, s1, s2 = load_state(starts + (of_head * gl.num_programs(2) + gl.program_id(2)) * SIZE, PAIRS, REST)
 
-    for chunk in range(first, first + 2):
+    for i in gl.static_range(2):
+        chunk = first + i
         copy_keys(of_chunk(stream, chunk % 2, DOCUMENTS, REST), B, phase, key_log, log_decay, chunk_decay,
                   document_ids, gl.minimum(chunk, end - 1), seqlen, STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
         copy_tokens(tokens.index(chunk % 3), x, gl.minimum(chunk, end - 1), seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
