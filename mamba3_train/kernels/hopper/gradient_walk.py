@@ -192,7 +192,6 @@ def hopper_gradient_walk_kernel(
         turn, decay, rest_decay = turn_chunk(of_chunk(stream, 1 - slot, DOCUMENTS, REST), rows, 1 - slot, bias, False,
                                              True, C_bias is not None, DOCUMENTS, CHUNK, RANK, PAIRS,
                                              REST)  # fmt: skip
-        fence_async_shared()
         soon = gl.maximum(chunk - FETCH, first)
         fetch_ahead(phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2)
         fetch_ahead(d_y + soon.to(gl.int64) * (64 * HEAD_DIM), 64 * HEAD_DIM * 2)

@@ -104,7 +104,9 @@ def hopper_span_sums_kernel(
     stream = allocate_stream(rows, phase, DOCUMENTS, CHUNK, RANK, PAIRS, REST)
     turned = allocate_rows(dtype, PAIRS, REST)
     TOKENS: gl.constexpr = 64 if BACK else CHUNK
-    tokens = gl.allocate_shared_memory(dtype, [3, TOKENS, HEAD_DIM], operand_layout(TOKENS, HEAD_DIM, dtype))
+    # Two chunks' tokens, and that of the product that still reads its own.
+    SLOTS: gl.constexpr = 3 if mimo_x is None else 2
+    tokens = gl.allocate_shared_memory(dtype, [SLOTS, TOKENS, HEAD_DIM], operand_layout(TOKENS, HEAD_DIM, dtype))
     tiles = tokens
     if mimo_x is not None:
         tiles = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], operand_layout(64, HEAD_DIM, dtype))
@@ -131,21 +133,20 @@ def hopper_span_sums_kernel(
     fence_async_shared()
     for i in range(count - 1):
         slot = i % 2
-        of_value = tiles.index(i % 3 if mimo_x is None else slot)
+        of_value = tiles.index(i % SLOTS)
         place = origin + step * gl.minimum(i + 2, count - 1)
-        copy_next(of_chunk(stream, slot, DOCUMENTS, REST), tokens.index((i + 2) % 3), values, rows, phase, log,
+        copy_next(of_chunk(stream, slot, DOCUMENTS, REST), tokens.index((i + 2) % SLOTS), values, rows, phase, log,
                   log_decay, chunk_decay, document_ids, place, seqlen, BACK, STRIDE, TOKEN_STRIDE, CHUNK, RANK,
                   HEAD_DIM, PAIRS, REST)  # fmt: skip
         s0, s1, s2 = start_product(of_value, turned, slot, s0, s1, s2, PAIRS, REST)
         # Meanwhile the next chunk's rows.
         async_copy.wait_group(1)
         passed, v = turn_chunk_and_values(of_chunk(stream, 1 - slot, DOCUMENTS, REST), turned, 1 - slot,
-                                          tokens.index((i + 1) % 3), weight_x, bias, passed, BACK,
+                                          tokens.index((i + 1) % SLOTS), weight_x, bias, passed, BACK,
                                           rows_bias is not None, DOCUMENTS, CHUNK, RANK, HEAD_DIM, PAIRS,
                                           REST)  # fmt: skip
         if mimo_x is not None:
             put(tiles.index(1 - slot), v, CHUNK, RANK, HEAD_DIM)
-        fence_async_shared()
         soon = origin + step * gl.minimum(i + FETCH, count - 1)
         if BACK:
             fetch_ahead(phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2)
@@ -156,7 +157,7 @@ def hopper_span_sums_kernel(
         s0, s1, s2 = end_product(of_value, turned, slot, s0, s1, s2, REST)
     async_copy.wait_group(0)
     slot = (count - 1) % 2
-    of_value = tiles.index((count - 1) % 3 if mimo_x is None else slot)
+    of_value = tiles.index((count - 1) % SLOTS)
     s0, s1, s2 = start_product(of_value, turned, slot, s0, s1, s2, PAIRS, REST)
     s0, s1, s2 = end_product(of_value, turned, slot, s0, s1, s2, REST)
     store_state(sums + of_span * (HEAD_DIM * D_STATE), s0, s1, s2, PAIRS, REST)

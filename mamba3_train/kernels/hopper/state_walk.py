@@ -115,7 +115,9 @@ def hopper_state_walk_kernel(
     )
     stream = allocate_stream(B, phase, DOCUMENTS, CHUNK, RANK, PAIRS, REST)
     rows = allocate_rows(dtype, PAIRS, REST)
-    tokens = gl.allocate_shared_memory(dtype, [3, CHUNK, HEAD_DIM], operand_layout(CHUNK, HEAD_DIM, dtype))
+    # Two chunks' tokens, and those that a product reads where they lie.
+    SLOTS: gl.constexpr = 3 if mimo_x is None else 2
+    tokens = gl.allocate_shared_memory(dtype, [SLOTS, CHUNK, HEAD_DIM], operand_layout(CHUNK, HEAD_DIM, dtype))
     values = tokens
     if mimo_x is not None:
         values = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], operand_layout(64, HEAD_DIM, dtype))
@@ -128,7 +130,7 @@ def hopper_state_walk_kernel(
         chunk = first + i
         copy_keys(of_chunk(stream, chunk % 2, DOCUMENTS, REST), B, phase, key_log, log_decay, chunk_decay,
                   document_ids, gl.minimum(chunk, end - 1), seqlen, STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
-        copy_tokens(tokens.index(chunk % 3), x, gl.minimum(chunk, end - 1), seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
+        copy_tokens(tokens.index(chunk % SLOTS), x, gl.minimum(chunk, end - 1), seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
         async_copy.commit_group()
     async_copy.wait_group(1)
     turn, decay, rest_decay = turn_chunk(of_chunk(stream, first % 2, DOCUMENTS, REST), rows, first % 2, bias, True,
@@ -138,7 +140,7 @@ def hopper_state_walk_kernel(
         bias = hold_bias(bias, RANK, PAIRS, REST)
     if mimo_x is not None:
         scale = read_scale(of_chunk(stream, first % 2, DOCUMENTS, REST), True, DOCUMENTS, row_layout(HEAD_DIM, RANK))
-        v = rows_of_values(tokens.index(first % 3), weight_x, scale, RANK, HEAD_DIM)
+        v = rows_of_values(tokens.index(first % SLOTS), weight_x, scale, RANK, HEAD_DIM)
         put(values.index(first % 2), v, CHUNK, RANK, HEAD_DIM)
     fence_async_shared()
     if kept is not None:
@@ -146,12 +148,12 @@ def hopper_state_walk_kernel(
 
     for chunk in range(first, end):
         slot = chunk % 2
-        of_value = values.index(chunk % 3 if mimo_x is None else slot)
+        of_value = values.index(chunk % SLOTS)
         # Behind the last chunk that one is brought and turned once more.
         following = gl.minimum(chunk + 2, end - 1)
         copy_keys(of_chunk(stream, slot, DOCUMENTS, REST), B, phase, key_log, log_decay, chunk_decay, document_ids,
                   following, seqlen, STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
-        copy_tokens(tokens.index((chunk + 2) % 3), x, following, seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
+        copy_tokens(tokens.index((chunk + 2) % SLOTS), x, following, seqlen, TOKEN_STRIDE, CHUNK, HEAD_DIM)
         async_copy.commit_group()
         if before is not None:
             store_mixed(before, s0, s1, s2, PAIRS, REST)
@@ -166,9 +168,8 @@ def hopper_state_walk_kernel(
                                              DOCUMENTS, CHUNK, RANK, PAIRS, REST)  # fmt: skip
         if mimo_x is not None:
             scale = read_scale(next, True, DOCUMENTS, row_layout(HEAD_DIM, RANK))
-            v = rows_of_values(tokens.index((chunk + 1) % 3), weight_x, scale, RANK, HEAD_DIM)
+            v = rows_of_values(tokens.index((chunk + 1) % SLOTS), weight_x, scale, RANK, HEAD_DIM)
             put(values.index(1 - slot), v, CHUNK, RANK, HEAD_DIM)
-        fence_async_shared()
         soon = gl.minimum(chunk + FETCH, end - 1)
         fetch_walk(x + soon.to(gl.int64) * (CHUNK * TOKEN_STRIDE), phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2,
                    TOKEN_STRIDE, seqlen - soon * CHUNK, CHUNK)  # fmt: skip

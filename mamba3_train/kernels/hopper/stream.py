@@ -7,7 +7,7 @@ is room for two chunks, so that a copy begins a whole chunk's work before it is 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma_wait
 
 from mamba3_train.kernels.hopper.layouts import copy_layout, left_layout, operand_layout, product_layout, row_layout
 from mamba3_train.kernels.hopper.memory import put
@@ -307,9 +307,13 @@ def start_product(a, rows, slot, s0, s1, s2, PAIRS: gl.constexpr, REST: gl.const
 
 @gluon.jit
 def end_product(a, rows, slot, s0, s1, s2, REST: gl.constexpr):
-    """Wait for `start_product`; what it reads is kept until then."""
+    """Wait for `start_product`; what it reads is kept until then. What was written meanwhile is for the next one.
+
+    Fenced here, where no product is under way: ptxas 12.8 crashed on fences between one and its wait.
+    """
     q0, q1, q2 = rows
     s0, s1 = warpgroup_mma_wait(0, [s0, s1, a, q0.index(slot), q1.index(slot)])[:2]
     if REST > 0:
         s2 = warpgroup_mma_wait(0, [s2, q2.index(slot)])[0]
+    fence_async_shared()
     return s0, s1, s2
