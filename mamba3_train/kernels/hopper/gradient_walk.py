@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared
 
 from mamba3_train.kernels.hopper.layouts import operand_layout
-from mamba3_train.kernels.hopper.memory import copy_bias, copy_tile_to, fetch_ahead
+from mamba3_train.kernels.hopper.memory import copy_bias, copy_tile_to, fetch_ahead, fold_ranks
 from mamba3_train.kernels.hopper.states import (
     copy_state_to,
     load_state,
@@ -72,10 +72,7 @@ def store_inner(inner, d_turn, s0, s1, s2, a0, a1, a2, cos, sin, PAIRS: gl.const
     of_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, across.type.layout))
     cos = gl.convert_layout(cos, of_column, assert_trivial=True)[None, None, :]
     sin = gl.convert_layout(sin, of_column, assert_trivial=True)[None, None, :]
-    by_turn = gl.sum(across * cos + along * sin, axis=1)
-    part = gl.arange(0, INNER_PARTS, gl.SliceLayout(1, by_turn.type.layout))[:, None]
-    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, by_turn.type.layout))[None, :]
-    gl.store(d_turn + part * PAIRS + pair, by_turn)
+    store_sum_of_rows(d_turn, across * cos + along * sin, INNER_PARTS, PAIRS)
     by_decay = sum_of_eights(along * cos - across * sin, INNER_PARTS, PAIRS)
     if REST > 0:
         rest = sum_in_thread(rounded(s2, a2.dtype) * read_mixed(a2, REST), INNER_PARTS, REST)
@@ -83,6 +80,28 @@ def store_inner(inner, d_turn, s0, s1, s2, a0, a1, a2, cos, sin, PAIRS: gl.const
         by_decay += gl.convert_layout(rest, by_decay.type.layout, assert_trivial=True)
     by_decay = gl.sum(gl.reshape(by_decay, [INNER_PARTS, 64]), axis=1)
     gl.store(inner + gl.arange(0, INNER_PARTS, by_decay.type.layout), by_decay)
+
+
+@gluon.jit
+def store_sum_of_rows(target, tile, PARTS: gl.constexpr, WIDTH: gl.constexpr):
+    """Sum (PARTS, 8, WIDTH) over its rows and store (PARTS, WIDTH): each row's threads a share of the columns."""
+    if WIDTH < 32:
+        rows = gl.sum(tile, axis=1)
+        part = gl.arange(0, PARTS, gl.SliceLayout(1, rows.type.layout))[:, None]
+        column = gl.arange(0, WIDTH, gl.SliceLayout(0, rows.type.layout))[None, :]
+    else:
+        # The columns' highest bits and, at 32, the lowest, which is all that a thread has left.
+        LAST: gl.constexpr = 8 if WIDTH > 32 else 1
+        rows = fold_ranks(tile, 1, WIDTH // 2, PARTS, 8, WIDTH)
+        rows = fold_ranks(rows, 2, WIDTH // 4, PARTS, 8, WIDTH // 2)
+        rows = fold_ranks(rows, 4, LAST, PARTS, 8, WIDTH // 4)
+        part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, rows.type.layout)))[:, None, None]
+        row = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, rows.type.layout)))[None, :, None]
+        column = gl.arange(0, WIDTH // 8, gl.SliceLayout(0, gl.SliceLayout(1, rows.type.layout)))[None, None, :]
+        if WIDTH == 32:
+            column = column * 2
+        column += row % 2 * (WIDTH // 2) + row // 2 % 2 * (WIDTH // 4) + row // 4 * LAST
+    gl.store(target + part * WIDTH + column, rows)
 
 
 @gluon.jit
