@@ -6,8 +6,9 @@
 
 The launches are the real ones: the scan and the decode step run on meta tensors and each launch is compiled instead of
 made. One line of JSON a kernel: registers, stores that spill, shared memory, faults in its code (see
-`launch.wrong_descriptors`). Exits with 1 if a kernel has a fault or needs more shared memory than a block has on that
-GPU.
+`launch.wrong_descriptors`), and of its longest loop, or all of it where there is none, the instructions and the cycles
+that a warp needs for them at least: what the assembler has it wait after each, without waits for memory, barriers and
+other units. Exits with 1 if a kernel has a fault or needs more shared memory than a block has on that GPU.
 """
 
 import argparse
@@ -114,6 +115,26 @@ def compile_launch(kernel, args, options, arch):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
 
 
+# Control codes of a line of machine code, the last of them the cycles to the next instruction, and the instruction.
+INSTRUCTION = re.compile(r"^\s*(?:[0-9a-f]{2}|--)(?::[0-9-]){2}:[Y-]:([0-9a-f-])\t(.*)$")
+
+
+def longest_loop(sass):
+    """(instructions, cycles) of the longest loop in a kernel's machine code, of all of it without one."""
+    cycles, labels, loops = [], {}, []
+    for line in sass.splitlines():
+        if found := INSTRUCTION.match(line):
+            cycles.append(max(1, int(found[1].replace("-", "0"), 16)))
+            target = re.search(r"\bBRA (\w+)", found[2])
+            start = labels.get(target[1], len(cycles)) if target else len(cycles)
+            if start < len(cycles) - 1:  # not the endless one behind the kernel
+                loops.append(cycles[start:])
+        elif label := re.match(r"(\w+):", line):
+            labels[label[1]] = len(cycles)
+    loop = max(loops, key=len, default=cycles)
+    return len(loop), sum(loop)
+
+
 def report(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -121,11 +142,14 @@ def report(compiled):
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     sass = compiled.asm["sass"]
+    instructions, cycles = longest_loop(sass)
     return {
         "registers": max(int(n) for n in re.findall(r"\bREG:(\d+)", usage)),
         "spills": len(re.findall(r"\bSTL\b", sass)),
         "shared": compiled.metadata.shared,
         "faults": wrong_descriptors(sass),
+        "instructions": instructions,
+        "cycles": cycles,
     }
 
 
