@@ -19,9 +19,14 @@ def row_layout(width, rank):
 
 
 @gluon.constexpr_function
-def copy_layout(width, bits):
-    """For (rows, width): 16 bytes a thread."""
-    numbers = 128 // bits
+def copy_layout(width, bits, rows=64):
+    """For (rows, width): 16 bytes a thread; less, but at least 4, where every thread gets some by that.
+
+    What only some threads do, the assembler puts behind a branch, and the loads before it as well.
+    """
+    numbers, each = 128 // bits, rows * width // 128
+    if 32 // bits <= each < numbers:
+        numbers = each
     columns = min(width // numbers, 32)
     return gl.BlockedLayout([1, numbers], [32 // columns, columns], [WARPS, 1], [1, 0])
 

@@ -105,7 +105,7 @@ def copy_weights(source, STRIDE: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.con
     """Start copying a head's (RANK, WIDTH) weights, rows STRIDE apart."""
     dtype: gl.constexpr = source.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
-    layout: gl.constexpr = copy_layout(WIDTH, BITS)
+    layout: gl.constexpr = copy_layout(WIDTH, BITS, RANK)
     tile = gl.allocate_shared_memory(dtype, [RANK, WIDTH], weight_layout(BITS, WIDTH, RANK, FOR_PRODUCT))
     rank = gl.arange(0, RANK, gl.SliceLayout(1, layout))[:, None]
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
