@@ -51,12 +51,16 @@ def place_of_program(seqlen, chunks, head_start, HEADS: gl.constexpr, HEADS_HERE
 
 @gluon.jit
 def load_rows(rows, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
-    """WIDTH columns of a chunk's rows, STRIDE apart: (CHUNK, RANK, WIDTH), zero past the sequence's end."""
+    """WIDTH columns of a chunk's rows, STRIDE apart: (CHUNK, RANK, WIDTH).
+
+    Past the sequence's end it is the last token's, to be met by zeros of x, z and d_out: without a mask no register has
+    to be set to zero before it is loaded.
+    """
     layout: gl.constexpr = row_layout(WIDTH, RANK)
     token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     rank = gl.arange(0, RANK, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    return gl.load(rows + (token * RANK + rank) * STRIDE + column, mask=token < left, other=0.0)
+    return gl.load(rows + (gl.minimum(token, left - 1) * RANK + rank) * STRIDE + column)
 
 
 @gluon.jit

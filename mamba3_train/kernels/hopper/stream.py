@@ -118,7 +118,7 @@ def copy_chunk(stream, rows, phase, log, end, decay, id, edge, left, STRIDE: gl.
 
 @gluon.jit
 def copy_rows(tile, rows, left, STRIDE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
-    """Start copying WIDTH columns of a chunk's rows, STRIDE apart, zero past the sequence's end: see `load_rows`."""
+    """Start copying WIDTH columns of a chunk's rows, STRIDE apart, zero past the sequence's end."""
     layout: gl.constexpr = row_layout(WIDTH, RANK)
     token = gl.arange(0, CHUNK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     rank = gl.arange(0, RANK, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
