@@ -256,10 +256,10 @@ def _partial_sums(sizes: Sizes, inputs: Inputs) -> dict[str, Tensor | None]:
     weights = {
         name: getattr(inputs, name) for name in ("B_bias", "C_bias", "D", "mimo_x", "mimo_z", "mimo_o", "norm_weight")
     }
+    blocks, warps = sizes.token_blocks, sizes.launch.keys[0] if sizes.on_hopper else 1
+    parts = {"B_bias": blocks, "C_bias": blocks, "D": sizes.chunks * warps}
     return {
-        name: None
-        if weight is None
-        else sizes.empty(sizes.batch, sizes.token_blocks if "bias" in name else sizes.chunks, *weight.shape)
+        name: None if weight is None else sizes.empty(sizes.batch, parts.get(name, sizes.chunks), *weight.shape)
         for name, weight in weights.items()
     }
 

@@ -63,7 +63,7 @@ def hopper_chunk_keys_backward_kernel(
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
     TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """Shapes as in `chunk_keys_backward_kernel`."""
+    """Shapes as in `chunk_keys_backward_kernel`, but d_D: (batch, 4 · chunks, HEADS), a part a warp."""
     STRIDE: gl.constexpr = GROUPS * D_STATE
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     PARTS: gl.constexpr = 3 if REST > 0 else 2
@@ -134,7 +134,8 @@ def hopper_chunk_keys_backward_kernel(
     # [rows, rows] @ [rows, P] -> [rows, P]
     d_v = warpgroup_mma(scores, by_y, d_v, is_async=True)
     if D is not None:
-        gl.store(d_D + partial, on_diagonal)
+        warp = gl.arange(0, 4, on_diagonal.type.layout)
+        gl.store(d_D + ((batch * chunks + chunk) * 4 + warp) * HEADS + head, on_diagonal)
     # What the products read is kept until they are through: nothing else may be put in its place before.
     d_x_of = by_token(warpgroup_mma_wait(0, [d_v, by_y])[0], CHUNK, RANK, HEAD_DIM)
     if mimo_x is not None:
