@@ -22,6 +22,7 @@ from mamba3_train.kernels.hopper.memory import (
     copy_tile,
     copy_weights,
     fetch_chunk_ahead,
+    keep_place,
     load_by_token,
     load_parts,
     place_of_program,
@@ -113,6 +114,8 @@ def hopper_chunk_keys_backward_kernel(
     v = share_values(raw, weight_x, CHUNK, RANK, HEAD_DIM)
     async_copy.wait_group(0)
     fence_async_shared()
+    keep_place(b0, b1, b2, B_bias is not None, REST)
+    keep_place(c0, c1, c2, C_bias is not None, REST)
 
     # Keys in rows, queries in columns: [rows, N] @ [rows, N]ᵀ and [rows, P] @ [rows, P]ᵀ -> [rows, rows]
     scores = dot_over_state(k0, k1, k2, q0, q1, q2, REST)

@@ -17,6 +17,7 @@ from mamba3_train.kernels.hopper.memory import (
     copy_tile,
     copy_weights,
     fetch_chunk_ahead,
+    keep_place,
     load_by_token,
     load_parts,
     place_of_program,
@@ -110,6 +111,8 @@ def chunk_outputs(
     v = share_values(raw, weight_x, CHUNK, RANK, HEAD_DIM)
     async_copy.wait_group(0)
     fence_async_shared()
+    keep_place(b0, b1, b2, B_bias is not None, REST)
+    keep_place(c0, c1, c2, C_bias is not None, REST)
 
     weight = weight_pairs(of_row, of_column, gamma, id_row, id_column, ids is not None, False, CHUNK, RANK)
     y = outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, CHUNK, RANK, HEAD_DIM, REST)

@@ -134,6 +134,16 @@ def copy_bias(bias, head, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.cons
 
 
 @gluon.jit
+def keep_place(first, second, rest, BIAS: gl.constexpr, REST: gl.constexpr):
+    """Until here, nothing else is put where `copy_bias` put its parts: all threads would have to have read them."""
+    if BIAS:
+        first._keep_alive()
+        second._keep_alive()
+        if REST > 0:
+            rest._keep_alive()
+
+
+@gluon.jit
 def fetch_chunk_ahead(state, rows, phase, x, z, seqlen, chunks, head_start, HEADS: gl.constexpr,
                       HEADS_HERE: gl.constexpr, HEAD_DIM: gl.constexpr, D_STATE: gl.constexpr, PAIRS: gl.constexpr,
                       RANK: gl.constexpr, CHUNK: gl.constexpr, TOKEN_STRIDE: gl.constexpr,
