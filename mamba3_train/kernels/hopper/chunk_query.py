@@ -30,9 +30,7 @@ from mamba3_train.kernels.hopper.memory import (
 from mamba3_train.kernels.hopper.tiles import (
     dot_from_state,
     dot_onto_state,
-    left_operand,
     rotation_gradients,
-    scale_tokens,
     sum_of_tokens,
     weigh,
 )
@@ -94,27 +92,22 @@ def hopper_chunk_queries_backward_kernel(
         of_norm = gl.sum(gl.sum(by_norm, axis=0), axis=0)
         gl.store(d_norm + partial * HEAD_DIM + gl.arange(0, HEAD_DIM, of_norm.type.layout), of_norm)
 
-    by_y = by_y.to(dtype)
-    of_y = share(by_y, CHUNK, RANK, HEAD_DIM)
-    by_y = by_row(by_y, CHUNK, RANK, HEAD_DIM)
+    # Scaled before the product with the state, so that both products of a query's gradient can follow one another.
+    by_scaled = by_row((by_y * from_start[:, None, None]).to(dtype), CHUNK, RANK, HEAD_DIM)
+    of_y = share(by_y.to(dtype), CHUNK, RANK, HEAD_DIM)
     fence_async_shared()
     # [rows, P] @ [rows, P]ᵀ -> [rows, rows]; [rows, P] @ [P, N] -> [rows, N]
     zero = gl.zeros([64, 64], gl.float32, product_layout(64))
-    by_score = warpgroup_mma(left_operand(by_y, 64), v.permute((1, 0)), zero, use_acc=False, is_async=True)
-    d0, d1, d2 = dot_from_state(by_y, s0, s1, s2, PAIRS, REST)
+    by_score = warpgroup_mma(of_y, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+    d0, d1, d2 = dot_from_state(by_scaled, s0, s1, s2, PAIRS, REST)
     store_rows(d_y + rows * HEAD_DIM, of_y, 64, HEAD_DIM, 64, HEAD_DIM)
-    by_score = weigh(warpgroup_mma_wait(PARTS, [by_score]), weight, CHUNK, RANK).to(dtype)
-    d0, d1 = warpgroup_mma_wait(0, [d0, d1, s0, s1, v])[:2]
-    d0 = scale_tokens(d0, from_start, CHUNK, RANK, PAIRS)
-    d1 = scale_tokens(d1, from_start, CHUNK, RANK, PAIRS)
-    if REST > 0:
-        d2 = scale_tokens(warpgroup_mma_wait(0, [d2, s2])[0], from_start, CHUNK, RANK, REST)
+    by_score = weigh(warpgroup_mma_wait(PARTS, [by_score, of_y])[0], weight, CHUNK, RANK).to(dtype)
     # [rows, rows] @ [rows, N] -> [rows, N], from the chunk's keys
     d0, d1, d2 = dot_onto_state(by_score, k0, k1, k2, d0, d1, d2, PAIRS, REST)
     fraction = load_by_token(phase + scalars * PAIRS, PAIRS, CHUNK, PAIRS, turned)
     # What the products read is kept until they are through: nothing else may be put in its place before.
-    d0, d1 = warpgroup_mma_wait(0, [d0, d1, k0, k1])[:2]
+    d0, d1 = warpgroup_mma_wait(0, [d0, d1, k0, k1, s0, s1, v])[:2]
     if REST > 0:
-        d2 = warpgroup_mma_wait(0, [d2, k2])[0]
+        d2 = warpgroup_mma_wait(0, [d2, k2, s2])[0]
     rotation_gradients(q0, q1, q2, d0, d1, d2, fraction, None, d_queries + rows * D_STATE,
                        d_phase + rows // RANK * PAIRS, inner + scalars, CHUNK, RANK, PAIRS, REST)  # fmt: skip
