@@ -150,11 +150,13 @@ def hopper_chunk_keys_backward_kernel(
         of_mimo = warpgroup_mma_wait(0, [sum_of_tokens(by_mimo, RANK, HEAD_DIM), by_mimo])[0]
         store_ranks(d_mimo_x + partial * (RANK * HEAD_DIM), of_mimo, RANK, HEAD_DIM)
 
+    # Phases in another layout, by a copy: the assembler puts a load into registers off until the products are through.
+    phases = copy_tile(phase + scalars * PAIRS, None, CHUNK, PAIRS, PAIRS)
+    async_copy.commit_group()
     # From the state: [rows, P] @ [P, N] -> [rows, N]
     d0, d1, d2 = dot_from_state(v, s0, s1, s2, PAIRS, REST)
     to = d_phase + rows // RANK * PAIRS
     by_queries = load_by_phase(to, CHUNK, RANK, PAIRS)
-    fraction = load_by_token(phase + scalars * PAIRS, PAIRS, CHUNK, PAIRS, turned)
     d0, d1 = warpgroup_mma_wait(0, [d0, d1, s0, s1, v])[:2]
     d0 = scale_tokens(d0, to_end, CHUNK, RANK, PAIRS)
     d1 = scale_tokens(d1, to_end, CHUNK, RANK, PAIRS)
@@ -165,5 +167,7 @@ def hopper_chunk_keys_backward_kernel(
     d0, d1 = warpgroup_mma_wait(0, [d0, d1, q0, q1])[:2]
     if REST > 0:
         d2 = warpgroup_mma_wait(0, [d2, q2])[0]
+    async_copy.wait_group(0)
+    fraction = phases.load(gl.SliceLayout(1, turned))
     rotation_gradients(k0, k1, k2, d0, d1, d2, fraction, by_queries, d_keys + rows * D_STATE, to, inner + scalars,
                        CHUNK, RANK, PAIRS, REST)  # fmt: skip
