@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mamba3_train.kernels.hopper.diagonal import add_to_diagonal, sums_on_diagonal, trace
 from mamba3_train.kernels.hopper.layouts import (
     accumulator_layout,
     left_layout,
@@ -35,7 +36,6 @@ from mamba3_train.kernels.hopper.memory import (
 )
 from mamba3_train.kernels.hopper.states import copy_state
 from mamba3_train.kernels.hopper.tiles import (
-    add_to_diagonal,
     decay_to_end,
     dot_from_state,
     dot_onto_state,
@@ -48,8 +48,6 @@ from mamba3_train.kernels.hopper.tiles import (
     share_turned,
     share_values,
     sum_of_tokens,
-    sums_on_diagonal,
-    trace,
     turn_of,
     weigh,
     weight_pairs,

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mamba3_train.kernels.hopper.diagonal import add_to_diagonal
 from mamba3_train.kernels.hopper.gate import gate_rows
 from mamba3_train.kernels.hopper.layouts import accumulator_layout, left_layout, row_layout
 from mamba3_train.kernels.hopper.memory import (
@@ -28,7 +29,6 @@ from mamba3_train.kernels.hopper.memory import (
 )
 from mamba3_train.kernels.hopper.states import copy_state
 from mamba3_train.kernels.hopper.tiles import (
-    add_to_diagonal,
     decay_from_start,
     dot_over_state,
     hold,

@@ -104,7 +104,7 @@ def hopper_span_sums_kernel(
     stream = allocate_stream(rows, phase, DOCUMENTS, CHUNK, RANK, PAIRS, REST)
     turned = allocate_rows(dtype, PAIRS, REST)
     TOKENS: gl.constexpr = 64 if BACK else CHUNK
-    # Two chunks' tokens, and that of the product that still reads its own.
+    # Two chunks' tokens, and those that a product reads where they lie.
     SLOTS: gl.constexpr = 3 if mimo_x is None else 2
     tokens = gl.allocate_shared_memory(dtype, [SLOTS, TOKENS, HEAD_DIM], operand_layout(TOKENS, HEAD_DIM, dtype))
     tiles = tokens
