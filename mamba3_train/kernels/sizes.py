@@ -85,9 +85,15 @@ class Sizes(Given):
     @cached_property
     def in_forward(self) -> "Sizes":
         """The same with the forward's passes, which need less memory a head."""
+        return self._with_heads(self.launch.forward_heads)
+
+    @cached_property
+    def in_training(self) -> "Sizes":
+        """The same with those of a forward that a backward follows, which needs more memory."""
         heads = self.launch.forward_heads
-        if self.on_hopper and self.walks_whole:
-            heads = max(heads, WALKS // self.batch)
+        return self._with_heads(max(heads, WALKS // self.batch) if self.on_hopper else heads)
+
+    def _with_heads(self, heads: int) -> "Sizes":
         return self._replace(launch=self.launch._replace(heads=heads))
 
     @cached_property
@@ -196,27 +202,38 @@ class Sizes(Given):
         return self.batch * self.heads_here >= FEWEST_WALKS
 
     @cached_property
-    def walk_whole(self) -> Launcher:
-        return Launcher((self.heads_here, self.batch, 1), self._walk_options | {"WALK": 0})
+    def spans_of_walk(self) -> int:
+        """That one program walks in the forward: few enough for all programs together to fill a GPU."""
+        walks = 1 if self.walks_whole else min(self.spans, max(1, WALKS // (self.batch * self.heads_here)))
+        return triton.cdiv(self.spans, walks)
+
+    @cached_property
+    def walk(self) -> Launcher:
+        """Of the forward."""
+        walks = triton.cdiv(self.spans, self.spans_of_walk)
+        return Launcher((self.heads_here, self.batch, walks), self._walk_options)
 
     @cached_property
     def walk_spans(self) -> Launcher:
-        return Launcher((self.heads_here, self.batch, self.spans), self._walk_options | {"WALK": self.span})
+        return Launcher((self.heads_here, self.batch, self.spans), self._walk_options)
 
     @cached_property
-    def walk_back(self) -> tuple[Launcher, Launcher]:
-        """Along whole sequences and along spans."""
+    def walk_back(self) -> Launcher:
         options = {name: v for name, v in self._walk_options.items() if name not in ("TOKEN_STRIDE", "SPAN")}
-        whole = {"WALK": 0, "INNER_PARTS": self.inner_parts}
-        spans = whole | {"WALK": self.span}
-        return Launcher(self.walk_whole.grid, options | whole), Launcher(self.walk_spans.grid, options | spans)
+        walks = 1 if self.walks_back_whole else self.spans
+        options |= {"WHOLE": self.walks_back_whole, "INNER_PARTS": self.inner_parts}
+        return Launcher((self.heads_here, self.batch, walks), options)
+
+    def span_sums(self, spans: int, back: bool) -> Launcher:
+        """Of what so many spans add to the state, or to its gradient: but the one behind which nobody asks for it."""
+        if (spans, back) not in self._span_sums:
+            grid = self.heads_here, self.batch, spans - 1
+            self._span_sums[spans, back] = Launcher(grid, self._walk_options | {"BACK": back})
+        return self._span_sums[spans, back]
 
     @cached_property
-    def span_sums(self) -> tuple[Launcher, Launcher]:
-        """Of what spans add to the state, and to its gradient: but the one behind which nobody asks for it."""
-        options = {name: v for name, v in self.walk_spans.options.items() if name != "SPAN"}
-        grid = self.heads_here, self.batch, self.spans - 1
-        return tuple(Launcher(grid, options | {"BACK": back}) for back in (False, True))
+    def _span_sums(self) -> dict[tuple[int, bool], Launcher]:
+        return {}
 
     @cached_property
     def _walk_options(self) -> dict:
@@ -233,7 +250,7 @@ class Sizes(Given):
     @cached_property
     def of_all_heads(self) -> "Sizes":
         """The same in one pass."""
-        return self._replace(launch=self.launch._replace(heads=self.heads))
+        return self._with_heads(self.heads)
 
     @cached_property
     def chunk_grid(self) -> tuple[int, int]:

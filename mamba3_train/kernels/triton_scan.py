@@ -52,15 +52,18 @@ def scan_forward(
     inputs: Inputs, norm_eps: float, keep: bool = False, launch: Launch | int = 0
 ) -> tuple[Tensor, Tensor, Kept]:
     """Outputs (batch, seqlen, H, P), the last state (batch, H, P, N) float32, and what `keep` keeps."""
-    sizes = Sizes.known(inputs, launch).in_forward
+    sizes = Sizes.known(inputs, launch)
+    sizes = sizes.in_training if keep else sizes.in_forward
     scales = compute_scales(sizes, inputs)
     out = sizes.empty(*inputs.x.shape, dtype=sizes.dtype)
     kept_y = torch.empty_like(out) if keep and sizes.keeps_y else None
     last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
-    states = state_walks.starting_states(sizes, inputs, scales, keep) if sizes.on_hopper else None
+    starts = states = None
+    if sizes.on_hopper:
+        starts, states = state_walks.starting_states(sizes, inputs, scales, keep)
     for head in sizes.passes:
         if sizes.on_hopper:
-            before = state_walks.walk(sizes, inputs, scales, head, states, last)
+            before = state_walks.walk(sizes, inputs, scales, head, starts, states, last)
         else:
             before = compute_states(sizes, inputs, scales, head, last)
         _outputs(sizes, inputs, scales, before, out, kept_y, norm_eps, head)
@@ -86,7 +89,7 @@ def scan_backward(
     sizes = Sizes.known(inputs, launch)
     kept = kept or Kept(compute_scales(sizes, inputs))
     if sizes.on_hopper and kept.states is None:
-        kept = kept._replace(states=state_walks.span_states(sizes, inputs, kept.scales))
+        kept = kept._replace(states=state_walks.span_states(sizes, inputs, kept.scales, sizes.spans))
     batch, heads, pairs, padded, chunks = sizes.batch, sizes.heads, sizes.pairs, sizes.padded, sizes.chunks
     per_token = (batch, heads, padded)
     angle_parts = len(sizes.passes) * sizes.head_blocks

@@ -116,15 +116,15 @@ def sum_of_eights(tile, PARTS: gl.constexpr, WIDTH: gl.constexpr):
     return gl.sum(gl.reshape(tile, [PARTS, 8, WIDTH // 8, 8]), axis=2)
 
 
-@gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+@gluon.jit(do_not_specialize=["length", "seqlen", "chunks", "head_start"])
 def hopper_gradient_walk_kernel(
     C, C_bias, d_y, document_ids, log_decay, chunk_decay, phase, states, starts, d_initial, inner, d_turn,
-    seqlen, chunks, head_start,
+    length, seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WALK: gl.constexpr,
+    D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WHOLE: gl.constexpr,
     INNER_PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Programs: heads of the pass, batch, and walks of WALK chunks (0: of all), each from its end to its start.
+    """Programs: heads of the pass, batch, and walks of `length` chunks (WHOLE: of all), each from its end to its start.
 
     d_y: (batch, HEADS_HERE, rows, P). states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk and after the
     last; that after a chunk is overwritten by its gradient. d_initial, inner, d_turn: as in
@@ -138,7 +138,7 @@ def hopper_gradient_walk_kernel(
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = d_y.dtype.element_ty
     batch, here, head, first, end, of_head, start, scalars, queries = place_of_walk(
-        gl.program_id(2), seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
+        gl.program_id(2), length, seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK
     )
     of_pass = batch * HEADS_HERE + here
     of_walk = of_pass * gl.num_programs(2) + gl.program_id(2)
@@ -157,7 +157,7 @@ def hopper_gradient_walk_kernel(
     if starts is None:
         s0, s1, s2 = zero_state(HEAD_DIM, PAIRS, REST)
     else:
-        s0, s1, s2 = load_state(starts + (of_walk if WALK > 0 else of_head) * SIZE, PAIRS, REST)
+        s0, s1, s2 = load_state(starts + (of_head if WHOLE else of_walk) * SIZE, PAIRS, REST)
 
     chunk = end - 1
     copy_queries(of_chunk(stream, 0, DOCUMENTS, REST), C, phase, log_decay, chunk_decay, document_ids, chunk, seqlen,

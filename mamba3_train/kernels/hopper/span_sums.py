@@ -65,9 +65,9 @@ def hopper_span_sums_kernel(
     seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
-    TOKEN_STRIDE: gl.constexpr, WALK: gl.constexpr, BACK: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, SPAN: gl.constexpr, BACK: gl.constexpr,
 ):  # fmt: skip
-    """Programs: heads of the pass, batch, and spans of WALK chunks, but the last one, or with BACK the first.
+    """Programs: heads of the pass, batch, and spans of SPAN chunks, but the last one, or with BACK the first.
 
     values, rows, rows_bias, log: x, B, B_bias and key_log, of the state where a span ends; with BACK d_y, (batch,
     HEADS_HERE, rows, P), C, C_bias and log_decay, of the gradient where it begins, and mimo_x is None. sums: (batch,
@@ -81,7 +81,7 @@ def hopper_span_sums_kernel(
     dtype: gl.constexpr = values.dtype.element_ty
     span = gl.program_id(2) + BACK
     batch, here, head, first, end, of_head, start, scalars, of_rows = place_of_walk(
-        span, seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
+        span, SPAN, seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK
     )
     of_pass = batch * HEADS_HERE + here
     of_span = of_pass * (gl.num_programs(2) + 1) + span

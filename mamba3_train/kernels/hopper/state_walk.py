@@ -74,17 +74,17 @@ def fetch_walk(x, phase, BYTES: gl.constexpr, TOKEN_STRIDE: gl.constexpr, left, 
     fetch_ahead(phase, BYTES)
 
 
-@gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
+@gluon.jit(do_not_specialize=["length", "seqlen", "chunks", "head_start"])
 def hopper_state_walk_kernel(
     x, mimo_x, B, B_bias, document_ids, log_decay, key_log, chunk_decay, phase, starts, before, kept, last,
-    seqlen, chunks, head_start,
+    length, seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
-    TOKEN_STRIDE: gl.constexpr, SPAN: gl.constexpr, WALK: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, SPAN: gl.constexpr,
 ):  # fmt: skip
-    """Programs: heads of the pass, batch, and walks of WALK chunks, or of all of them where WALK is 0.
+    """Programs: heads of the pass, batch, and walks of `length` chunks: of all, or of whole spans.
 
-    starts: (batch, HEADS, walks, P, N) float32, None for zero. before: (batch, chunks + 1, HEADS_HERE, P, N). kept:
+    starts: the state before each span up to the last walk's, (batch, HEADS, spans, P, N) float32, None for zero. before: (batch, chunks + 1, HEADS_HERE, P, N). kept:
     (batch, HEADS, spans, P, N) and last: (batch, HEADS, P, N), float32; None where they are not wanted.
     """
     STRIDE: gl.constexpr = GROUPS * D_STATE
@@ -94,7 +94,7 @@ def hopper_state_walk_kernel(
     DOCUMENTS: gl.constexpr = document_ids is not None
     dtype: gl.constexpr = x.dtype.element_ty
     batch, here, head, first, end, of_head, start, scalars, keys = place_of_walk(
-        gl.program_id(2), seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK, WALK
+        gl.program_id(2), length, seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK
     )
     B += keys
     log_decay += scalars
@@ -124,7 +124,9 @@ def hopper_state_walk_kernel(
     if starts is None:
         s0, s1, s2 = zero_state(HEAD_DIM, PAIRS, REST)
     else:
-        s0, s1, s2 = load_state(starts + (of_head * gl.num_programs(2) + gl.program_id(2)) * SIZE, PAIRS, REST)
+        apart = length // SPAN
+        known = (gl.num_programs(2) - 1) * apart + 1
+        s0, s1, s2 = load_state(starts + (of_head * known + gl.program_id(2) * apart) * SIZE, PAIRS, REST)
 
     for i in gl.static_range(2):
         chunk = first + i

@@ -15,11 +15,11 @@ from mamba3_train.kernels.hopper.tiles import bias_of_rows, dot_onto_state, exp2
 
 
 @gluon.jit
-def place_of_walk(walk, seqlen, chunks, head_start, HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr,
-                  D_STATE: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WALK: gl.constexpr):  # fmt: skip
+def place_of_walk(walk, length, seqlen, chunks, head_start, HEADS: gl.constexpr, HEADS_HERE: gl.constexpr,
+                  GROUPS: gl.constexpr, D_STATE: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr):  # fmt: skip
     """A program's row of the batch, head of the pass and of all, its chunks first to end, and where its row begins.
 
-    walk: among the row's, of WALK chunks each, 0 for all. of_head: the head among all rows', start: the row's first
+    walk: among the row's, of `length` chunks each. of_head: the head among all rows', start: the row's first
     token among all, scalars: its first number in what has one a token and head, padded, rows: its first of B and C.
     """
     here = gl.program_id(0)
@@ -29,10 +29,8 @@ def place_of_walk(walk, seqlen, chunks, head_start, HEADS: gl.constexpr, HEADS_H
     of_head = batch * HEADS + head
     scalars = of_head * chunks * CHUNK
     rows = start * (RANK * GROUPS * D_STATE) + head // (HEADS // GROUPS) * D_STATE
-    first = walk * WALK
-    end = chunks
-    if WALK > 0:
-        end = gl.minimum(first + WALK, chunks)
+    first = walk * length
+    end = gl.minimum(first + length, chunks)
     return batch, here, head, first, end, of_head, start, scalars, rows
 
 
