@@ -82,6 +82,8 @@ class KernelsSection:
     """Which implementation of the scan."""
 
     backend: str = "auto"
+    keep: str = "scales"
+    """What the Triton scan keeps for its backward: inputs, least and slowest; scales; states, most and fastest."""
 
 
 @dataclass

@@ -73,7 +73,7 @@ class Bench:
         if self.gear == "portable":
             sizes.runs_on_hopper = lambda *_: False
         try:
-            out, last, kept_for = triton_scan.scan_forward(self.inputs, 1e-5, keep=True)
+            out, last, kept_for = triton_scan.scan_forward(self.inputs, 1e-5, keep="scales")
             grads = triton_scan.scan_backward(self.inputs, 1e-5, self.d_out, last, kept_for)
         finally:
             launch_table.find, sizes.runs_on_hopper = kept

@@ -20,13 +20,15 @@ class Launch(NamedTuple):
     """One regime's configuration.
 
     chunk: tokens of a chunk, whose chunk · rank rows are one tile; heads, forward_heads: heads of one pass of the
-    backward and of the forward, which bound the workspace. For each chunk kernel its warps and, where a cap pays, its
+    backward and of the forward, which bound the workspace; parts: launches of each chunk kernel in a pass of the
+    backward. For each chunk kernel its warps and, where a cap pays, its
     registers a thread.
     """
 
     chunk: int
     heads: int = 16
     forward_heads: int = 64
+    parts: int = 1
     states: tuple[int, int | None] = (4, None)
     outputs: tuple[int, int | None] = (4, None)
     outputs_backward: tuple[int, int | None] = (4, None)
@@ -89,14 +91,6 @@ def choose(rank: int, head_dim: int, d_state: int, dtype: torch.dtype, chunk: in
         forward_heads=max(1, 2 * regime["heads"] // rank),
         **regime["kernels"],
     )
-
-
-def heads_in_pass(heads: int, groups: int, wanted: int) -> int:
-    """Heads of one pass, at most `wanted` where possible: whole groups, or an equal share of one."""
-    per_group = heads // groups
-    if wanted < per_group:
-        return max(n for n in range(1, wanted + 1) if per_group % n == 0)
-    return per_group * max(n for n in range(1, groups + 1) if groups % n == 0 and n * per_group <= wanted)
 
 
 def runs_on_hopper(inputs, chunk: int) -> bool:

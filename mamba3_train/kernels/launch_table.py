@@ -17,6 +17,9 @@ import json
 from functools import cache
 from pathlib import Path
 
+WALKS = 256
+"""Programs that walk at a time on Hopper, if there are heads enough: two for each multiprocessor."""
+
 TABLE = Path(__file__).with_name("launch_table.json")
 
 
@@ -31,6 +34,19 @@ def find(gear: str, size: int) -> dict:
 def heads_of_pass(row: dict, rank: int) -> int:
     """Heads that one pass of the backward takes, by a row of the table: fewer at higher ranks, for the same memory."""
     return max(1, row["heads"] // max(1, rank // 2))
+
+
+def heads_in_pass(heads: int, groups: int, wanted: int) -> int:
+    """Heads of one pass, at most `wanted` where possible: whole groups, or an equal share of one."""
+    per_group = heads // groups
+    if wanted < per_group:
+        return max(n for n in range(1, wanted + 1) if per_group % n == 0)
+    return per_group * max(n for n in range(1, groups + 1) if groups % n == 0 and n * per_group <= wanted)
+
+
+def doubles_pass(batch: int, heads: int, twice: int) -> bool:
+    """Whether a backward pass on Hopper takes twice its heads, `twice` of them: where only so its walks fill a GPU."""
+    return batch * heads < WALKS <= batch * twice == 2 * batch * heads
 
 
 def chunks_of_span(rank: int) -> int:

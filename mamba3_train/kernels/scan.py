@@ -12,6 +12,7 @@ from mamba3_train.kernels.triton_op import scan
 
 HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("auto", "reference", "recurrent", "triton")
+KEEPS = ("inputs", "scales", "states")
 
 
 def mamba3_scan(
@@ -38,7 +39,7 @@ def mamba3_scan(
     return_state: bool = False,
     chunk_size: int | None = None,
     backend: str = "reference",
-    save_inputs_only: bool = False,
+    keep: str = "scales",
 ) -> Tensor | tuple[Tensor, ScanState]:
     """The Mamba-3 sequence mixing of all heads, SISO (rank 1) or MIMO; formulas in `kernels/reference.py`.
 
@@ -67,7 +68,9 @@ def mamba3_scan(
         chunk_size: tokens a chunk; changes the rounding only. None leaves it to the backend.
         backend: `reference` (chunked PyTorch, any device), `recurrent` (token by token), `triton` (CUDA), or `auto`
             (triton for CUDA tensors, else reference).
-        save_inputs_only: triton keeps nothing but its inputs for the backward and recomputes the rest, which is slower.
+        keep: what triton keeps for the backward: its `inputs` alone, which is slowest; also the `scales` of all tokens
+            and a state now and then, together less than x and z; or the scales and all `states`, 2 · P · N bytes for
+            each chunk of 64 / R tokens and head, which is fastest (only the kernels for Hopper; else as `scales`).
 
     Returns:
         (batch, seqlen, H, P) in x's dtype; with return_state also a `ScanState`.
@@ -85,6 +88,8 @@ def mamba3_scan(
         check_document_ids(document_ids, batch, seqlen)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if keep not in KEEPS:
+        raise ValueError(f"keep must be one of {', '.join(KEEPS)}, got {keep!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
@@ -93,7 +98,7 @@ def mamba3_scan(
     if backend == "auto":
         backend = "triton" if x.is_cuda else "reference"
     if backend == "triton":
-        y, last = _triton(tensors, options, initial_state, chunk_size, keep=not save_inputs_only)
+        y, last = _triton(tensors, options, initial_state, chunk_size, keep)
         return (y, ScanState(last, B[:, -1], x[:, -1])) if return_state else y
     y, state = _reference(tensors, options, initial_state, chunk_size, recurrent=backend == "recurrent")
     return (y, state) if return_state else y

@@ -14,16 +14,12 @@ from mamba3_train.kernels.launch import (
     Launch,
     Launcher,
     choose,
-    heads_in_pass,
     hopper,
     interpreted,
     programs_ahead,
     runs_on_hopper,
     shared_memory,
 )
-
-WALKS = 256
-"""Programs that walk at a time in the forward, if there are heads enough: two for each multiprocessor."""
 
 FEWEST_WALKS = 128
 """Where fewer could walk along whole sequences, more walk along spans."""
@@ -32,7 +28,8 @@ FEWEST_WALKS = 128
 class Given(NamedTuple):
     """Sizes of one call and all else that decides how its kernels are launched.
 
-    types: the inputs' dtypes, None where there is none. token_stride: of x and z; ahead: programs ahead to fetch for.
+    types: the inputs' dtypes, None where there is none. token_stride: of x and z; ahead: programs ahead to fetch for;
+    keeps_states: the forward leaves those of all heads and chunks to the backward.
     """
 
     batch: int
@@ -51,6 +48,7 @@ class Given(NamedTuple):
     interpreted: bool
     token_stride: int | None = None
     ahead: int | None = None
+    keeps_states: bool = False
 
 
 class Sizes(Given):
@@ -91,7 +89,20 @@ class Sizes(Given):
     def in_training(self) -> "Sizes":
         """The same with those of a forward that a backward follows, which needs more memory."""
         heads = self.launch.forward_heads
-        return self._with_heads(max(heads, WALKS // self.batch) if self.on_hopper else heads)
+        return self._with_heads(max(heads, launch_table.WALKS // self.batch) if self.on_hopper else heads)
+
+    @cached_property
+    def in_backward(self) -> "Sizes":
+        """The same with a pass of twice as many heads, in two parts, where only so the walks back fill a GPU."""
+        twice = launch_table.heads_in_pass(self.heads, self.groups, 2 * self.launch.heads)
+        if not (self.on_hopper and launch_table.doubles_pass(self.batch, self.heads_here, twice)):
+            return self
+        return self._replace(launch=self.launch._replace(heads=twice, parts=2))
+
+    @cached_property
+    def keeping_states(self) -> "Sizes":
+        """The same with all states kept, which only the kernels for Hopper do."""
+        return self._replace(keeps_states=self.on_hopper)
 
     def _with_heads(self, heads: int) -> "Sizes":
         return self._replace(launch=self.launch._replace(heads=heads))
@@ -110,7 +121,17 @@ class Sizes(Given):
 
     @cached_property
     def heads_here(self) -> int:
-        return heads_in_pass(self.heads, self.groups, self.launch.heads)
+        return launch_table.heads_in_pass(self.heads, self.groups, self.launch.heads)
+
+    @cached_property
+    def part_heads(self) -> int:
+        """Heads of one launch of the backward's chunk kernels."""
+        return self.heads_here // self.launch.parts
+
+    @cached_property
+    def parts(self) -> range:
+        """The first head of each part of a pass."""
+        return range(0, self.heads_here, self.part_heads)
 
     @cached_property
     def passes(self) -> range:
@@ -165,12 +186,28 @@ class Sizes(Given):
             "HARDWARE": self.hardware, "AHEAD": self.ahead, "TOKEN_STRIDE": self.token_stride,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
+        kernels = dict.fromkeys(("states", "outputs", "outputs_backward", "queries", "keys"), constants)
         if self.on_hopper:
             constants = {name: constants[name] for name in hopper().CONSTANTS}
+            states, held = {"STATE_HEADS": self.state_heads}, {"HELD": self.heads_here}
+            part = constants | held | {"HEADS_HERE": self.part_heads}
+            kernels = {
+                "states": constants | states,
+                "outputs": constants | states,
+                "queries": part | states,
+                "keys": part,
+            }
         return {
-            kernel: Launcher(self.chunk_grid, constants | self.launch.options(kernel, self.hardware))
-            for kernel in ("states", "outputs", "outputs_backward", "queries", "keys")
+            kernel: Launcher(
+                (self.chunks * own["HEADS_HERE"], self.batch), own | self.launch.options(kernel, self.hardware)
+            )
+            for kernel, own in kernels.items()
         }
+
+    @property
+    def state_heads(self) -> int:
+        """Heads whose states lie together on Hopper: of all of them or of a pass."""
+        return self.heads if self.keeps_states else self.heads_here
 
     @property
     def walk_warps(self) -> int:
@@ -192,6 +229,11 @@ class Sizes(Given):
         return self.batch, self.heads, self.spans, self.head_dim, self.d_state
 
     @cached_property
+    def all_states(self) -> tuple[int, ...]:
+        """Shape of the states of all heads and chunks."""
+        return self.batch, self.chunks + 1, self.heads, self.head_dim, self.d_state
+
+    @cached_property
     def walks_whole(self) -> bool:
         """Whether one program walks a head's whole sequence in the forward: where there are enough to fill a GPU."""
         return self.batch * self.heads >= FEWEST_WALKS
@@ -204,7 +246,7 @@ class Sizes(Given):
     @cached_property
     def spans_of_walk(self) -> int:
         """That one program walks in the forward: few enough for all programs together to fill a GPU."""
-        walks = 1 if self.walks_whole else min(self.spans, max(1, WALKS // (self.batch * self.heads_here)))
+        walks = 1 if self.walks_whole else min(self.spans, max(1, launch_table.WALKS // (self.batch * self.heads_here)))
         return triton.cdiv(self.spans, walks)
 
     @cached_property
@@ -228,7 +270,8 @@ class Sizes(Given):
         """Of what so many spans add to the state, or to its gradient: but the one behind which nobody asks for it."""
         if (spans, back) not in self._span_sums:
             grid = self.heads_here, self.batch, spans - 1
-            self._span_sums[spans, back] = Launcher(grid, self._walk_options | {"BACK": back})
+            options = {name: value for name, value in self._walk_options.items() if name != "STATE_HEADS"}
+            self._span_sums[spans, back] = Launcher(grid, options | {"BACK": back})
         return self._span_sums[spans, back]
 
     @cached_property
@@ -253,16 +296,12 @@ class Sizes(Given):
         return self._with_heads(self.heads)
 
     @cached_property
-    def chunk_grid(self) -> tuple[int, int]:
-        return self.chunks * self.heads_here, self.batch
-
-    @cached_property
     def gate_backward(self) -> Launcher:
         options = {
             "HEADS": self.heads, "HEADS_HERE": self.heads_here, "HEAD_DIM": self.head_dim, "CHUNK": self.launch.chunk,
             "HARDWARE": self.hardware, "TOKEN_STRIDE": self.token_stride, "num_warps": 4,
         }  # fmt: skip
-        return Launcher(self.chunk_grid, options)
+        return Launcher((self.chunks * self.heads_here, self.batch), options)
 
     @cached_property
     def passing(self) -> Launcher:
@@ -307,7 +346,7 @@ class Sizes(Given):
     def head_sums(self) -> Launcher:
         tile = head_sum.tile(self.rank)
         blocks = self.token_blocks * triton.cdiv(self.d_state, tile["COLUMNS"])
-        groups_here = max(1, self.heads_here * self.groups // self.heads)
+        groups_here = max(1, self.part_heads * self.groups // self.heads)
         options = {"HEADS": self.heads, "GROUPS": self.groups, "D_STATE": self.d_state, "RANK": self.rank} | tile
         return Launcher((blocks, self.rank * groups_here, self.batch), options)
 

@@ -34,32 +34,30 @@ def span_states(sizes: Sizes, inputs: Inputs, scales, spans: int) -> Tensor:
 
 
 def walk(
-    sizes: Sizes, inputs: Inputs, scales, head: int, starts: Tensor | None, kept: Tensor | None, last: Tensor
-) -> Tensor:  # fmt: skip
-    """The state before each chunk and after the last, (batch, chunks + 1, heads, P, N), of a pass of the forward.
+    sizes: Sizes, inputs: Inputs, scales, head: int, starts: Tensor | None, before: Tensor, kept: Tensor | None,
+    last: Tensor,
+) -> None:  # fmt: skip
+    """Fill before, (batch, chunks + 1, heads, P, N), with the states of a pass of the forward.
 
     starts, kept: of `starting_states`. last: (batch, H, P, N) float32, takes the state after the sequence.
     """
-    before = sizes.state_slots(sizes.chunks + 1)
-    kept = None if kept is starts else kept
     length = sizes.spans_of_walk * sizes.span
     _walk(sizes.walk, sizes, inputs, scales, head, starts, before, kept, last, length)
-    return before
 
 
 def walk_spans(sizes: Sizes, inputs: Inputs, scales, head: int, states: Tensor) -> Tensor:
-    """The same from the spans' states, of a pass of the backward."""
+    """The states of a pass of the backward, (batch, chunks + 1, heads, P, N), from those of the spans."""
     before = sizes.state_slots(sizes.chunks + 1)
     _walk(sizes.walk_spans, sizes, inputs, scales, head, states, before, None, None, sizes.span)
     return before
 
 
 def walk_back(
-    sizes: Sizes, inputs: Inputs, scales, head: int, d_y: Tensor, states: Tensor, d_last: Tensor | None,
-    d_initial: Tensor | None, scale_grads: dict[str, Tensor],
+    sizes: Sizes, inputs: Inputs, scales, head: int, d_y: Tensor, states: Tensor, d_states: Tensor,
+    d_last: Tensor | None, d_initial: Tensor | None, scale_grads: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """Replace every state but the first, (batch, chunks + 1, …), by its gradient; those by decay and turn are in
-    scale_grads."""
+    """Fill d_states, (batch, chunks + 1, …), with the gradients of all states but the first, which they may replace;
+    those by decay and turn are in scale_grads."""
     kernel = hopper().gradient_walk.hopper_gradient_walk_kernel
     rows = (inputs.C, inputs.C_bias, d_y, inputs.document_ids, scales.log_decay, scales.chunk_decay, scales.phase)
     found = (d_initial, scale_grads["state_inner"], scale_grads["d_chunk_turn"])
@@ -69,7 +67,7 @@ def walk_back(
         starts, decay, turn = _span_sums(sizes, scales, values, head, sizes.spans, back=True)
         _pass_spans(sizes, starts, d_last, decay, turn, head, backward=True)
         length = sizes.span
-    sizes.walk_back(kernel, *rows, states, starts, *found, length, sizes.seqlen, sizes.chunks, head)
+    sizes.walk_back(kernel, *rows, states, d_states, starts, *found, length, sizes.seqlen, sizes.chunks, head)
 
 
 def _walk(launch, sizes, inputs, scales, head, starts, before, kept, last, length):

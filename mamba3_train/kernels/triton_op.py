@@ -18,9 +18,9 @@ _COUNT = len(_INPUTS.split(","))
 _DOCUMENT_IDS = 15
 
 
-# log_decay, key_log, diagonal, chunk_decay, phase, y and states; empty where nothing is kept. Single tensors: a list of
-# them would cost autograd about as much time on the host as the kernels take on the device.
-_KEPT = 7
+# log_decay, key_log, diagonal, chunk_decay, phase, y, states and chunk_states; empty where nothing is kept. Single
+# tensors: a list of them would cost autograd about as much time on the host as the kernels take on the device.
+_KEPT = 8
 
 _library = torch.library.Library("mamba3_train", "FRAGMENT")
 
@@ -38,15 +38,15 @@ def _operator(schema: str, kernel, fake):
 
 
 def _scan(*arguments):
-    """Outputs, last state, and what is kept for the backward: the per-token scales and, where it pays, y.
+    """Outputs, last state, and what is kept for the backward besides the inputs.
 
-    Inputs as `inputs.Inputs`; chunk 0 leaves its size to the table; keep False keeps nothing but the inputs.
+    Inputs as `inputs.Inputs`; chunk 0 leaves its size to the table; keep as in `mamba3_scan`.
     """
     from mamba3_train.kernels.triton_scan import scan_forward
 
     *tensors, norm_eps, chunk, keep = arguments
     out, last, kept = scan_forward(Inputs(*tensors).readable(), norm_eps, keep, chunk)
-    kept = (*kept.scales, kept.y, kept.states) if keep else [None] * _KEPT
+    kept = [None] * _KEPT if keep == "inputs" else (*kept.scales, *kept[1:])
     return out, last, *(out.new_empty(0) if tensor is None else tensor for tensor in kept)
 
 
@@ -58,11 +58,14 @@ def _scan_shapes(*arguments):
     inputs = Inputs(*tensors)
     x, d_state = inputs.x, inputs.B.shape[-1]
     kept = [x.new_empty(0) for _ in range(_KEPT)]
-    if keep:
+    if keep != "inputs":
         sizes = Sizes.of(inputs, chunk)
         kept[:5] = [x.new_empty(shape, dtype=dtype) for shape, dtype in scale_shapes(sizes)]
         kept[5] = x.new_empty(x.shape if sizes.keeps_y else 0)
-        kept[6] = x.new_empty(sizes.kept_states if sizes.on_hopper else 0, dtype=torch.float32)
+        if sizes.on_hopper and keep == "scales":
+            kept[6] = x.new_empty(sizes.kept_states, dtype=torch.float32)
+        elif sizes.on_hopper:
+            kept[7] = x.new_empty(sizes.all_states)
     last = x.new_empty((x.shape[0], x.shape[2], x.shape[3], d_state), dtype=torch.float32)
     return x.new_empty(x.shape), last, *kept
 
@@ -72,9 +75,8 @@ def _scan_backward(d_out, d_last, *arguments):
     from mamba3_train.kernels.triton_scan import Kept, Scales, scan_backward
 
     *tensors, kept, norm_eps, chunk = arguments
-    *scales, y, states = kept
-    y, states = (tensor if tensor.numel() else None for tensor in (y, states))
-    kept = Kept(Scales(*scales), y, states) if scales[0].numel() else None
+    scales, others = Scales(*kept[:5]), (tensor if tensor.numel() else None for tensor in kept[5:])
+    kept = Kept(scales, *others) if scales[0].numel() else None
     d_last = None if d_last is None else aligned(d_last.contiguous())
     grads = scan_backward(Inputs(*tensors).readable(), norm_eps, aligned(d_out.contiguous()), d_last, kept, chunk)
     return [grad for grad in grads if grad is not None]
@@ -86,7 +88,7 @@ def _scan_backward_shapes(d_out, d_last, *arguments):
 
 
 scan = _operator(
-    f"scan({_INPUTS}, float norm_eps, int chunk, bool keep) -> ({', '.join(['Tensor'] * (2 + _KEPT))})",
+    f"scan({_INPUTS}, float norm_eps, int chunk, str keep) -> ({', '.join(['Tensor'] * (2 + _KEPT))})",
     _scan, _scan_shapes,
 )  # fmt: skip
 scan_backward = _operator(

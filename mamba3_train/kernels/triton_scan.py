@@ -40,34 +40,39 @@ class Kept(NamedTuple):
     """What the forward may keep for the backward besides its inputs: less memory than x and z take.
 
     y: (batch, seqlen, H, P) before norm and gate, of rank 1 where there is a norm or a gate. states: those of
-    `state_walks`.
+    `state_walks`, or chunk_states: (batch, chunks + 1, H, P, N), before each chunk and after the last, which is more.
     """
 
     scales: Scales
     y: Tensor | None = None
     states: Tensor | None = None
+    chunk_states: Tensor | None = None
 
 
 def scan_forward(
-    inputs: Inputs, norm_eps: float, keep: bool = False, launch: Launch | int = 0
+    inputs: Inputs, norm_eps: float, keep: str = "inputs", launch: Launch | int = 0
 ) -> tuple[Tensor, Tensor, Kept]:
-    """Outputs (batch, seqlen, H, P), the last state (batch, H, P, N) float32, and what `keep` keeps."""
+    """Outputs (batch, seqlen, H, P), the last state (batch, H, P, N) float32, and what is kept: see `mamba3_scan`."""
     sizes = Sizes.known(inputs, launch)
-    sizes = sizes.in_training if keep else sizes.in_forward
+    sizes = sizes.in_forward if keep == "inputs" else sizes.in_training
+    if keep == "states":
+        sizes = sizes.keeping_states
     scales = compute_scales(sizes, inputs)
     out = sizes.empty(*inputs.x.shape, dtype=sizes.dtype)
-    kept_y = torch.empty_like(out) if keep and sizes.keeps_y else None
+    kept_y = torch.empty_like(out) if keep != "inputs" and sizes.keeps_y else None
     last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
     starts = states = None
     if sizes.on_hopper:
-        starts, states = state_walks.starting_states(sizes, inputs, scales, keep)
+        starts, states = state_walks.starting_states(sizes, inputs, scales, keep == "scales")
+    all_states = sizes.empty(*sizes.all_states, dtype=sizes.dtype) if sizes.keeps_states else None
     for head in sizes.passes:
         if sizes.on_hopper:
-            before = state_walks.walk(sizes, inputs, scales, head, starts, states, last)
+            before = sizes.state_slots(sizes.chunks + 1) if all_states is None else all_states[:, :, head:]
+            state_walks.walk(sizes, inputs, scales, head, starts, before, states, last)
         else:
             before = compute_states(sizes, inputs, scales, head, last)
         _outputs(sizes, inputs, scales, before, out, kept_y, norm_eps, head)
-    return out, last, Kept(scales, kept_y, states)
+    return out, last, Kept(scales, kept_y, states, all_states)
 
 
 def _outputs(sizes, inputs, scales, before, out, kept_y, norm_eps, head):
@@ -86,9 +91,11 @@ def scan_backward(
     launch: Launch | int = 0,
 ) -> Inputs:  # fmt: skip
     """Gradients of all inputs, in their own dtypes; None where the input is None (and for document_ids)."""
-    sizes = Sizes.known(inputs, launch)
+    sizes = Sizes.known(inputs, launch).in_backward
     kept = kept or Kept(compute_scales(sizes, inputs))
-    if sizes.on_hopper and kept.states is None:
+    if kept.chunk_states is not None:
+        sizes = sizes.keeping_states
+    elif sizes.on_hopper and kept.states is None:
         kept = kept._replace(states=state_walks.span_states(sizes, inputs, kept.scales, sizes.spans))
     batch, heads, pairs, padded, chunks = sizes.batch, sizes.heads, sizes.pairs, sizes.padded, sizes.chunks
     per_token = (batch, heads, padded)
@@ -170,27 +177,32 @@ def pass_states(sizes: Sizes, inputs: Inputs, scales: Scales, local: Tensor, hea
 def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, scale_grads, partial, aside):
     """All gradients of one pass's heads; those of B and C are added to the earlier passes'."""
     scales = kept.scales
-    if sizes.on_hopper:
+    if kept.chunk_states is not None:
+        before = kept.chunk_states[:, :, head:]
+    elif sizes.on_hopper:
         before = state_walks.walk_spans(sizes, inputs, scales, head, kept.states)
     else:
         last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
         before = compute_states(sizes, inputs, scales, head, last)
-    aside.join()
-    rows = (sizes.batch, sizes.heads_here, sizes.padded * sizes.rank)
-    d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
+    rows = sizes.padded * sizes.rank
+    d_y = sizes.empty(sizes.batch, sizes.heads_here, rows, sizes.head_dim, dtype=sizes.dtype)
     d_local = None if sizes.on_hopper else sizes.state_slots(sizes.chunks)
-    d_queries = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
-    gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"])
-    query_grads = (d_queries, scale_grads["d_phase"], scale_grads["query_inner"])
-    place = (sizes.seqlen, sizes.chunks, head)
-    _queries(sizes, inputs, kept, before, gate_grads, partial["norm_weight"], d_local, query_grads, norm_eps, place)
-    with aside.beside(d_queries):
-        _sum_heads(sizes, d_queries, grads["C"], partial["C_bias"], head)
-    del d_queries, query_grads
+    for part in sizes.parts:
+        aside.join()
+        d_queries = sizes.empty(sizes.batch, sizes.part_heads, rows, sizes.d_state, dtype=sizes.dtype)
+        gate_grads = (d_out, d_y[:, part:], grads["z"], partial["mimo_z"], partial["mimo_o"])
+        query_grads = (d_queries, scale_grads["d_phase"][:, part:], scale_grads["query_inner"])
+        place = (sizes.seqlen, sizes.chunks, head + part)
+        states = before[:, :, part:]
+        _queries(sizes, inputs, kept, states, gate_grads, partial["norm_weight"], d_local, query_grads, norm_eps, place)
+        with aside.beside(d_queries):
+            _sum_heads(sizes, d_queries, grads["C"], partial["C_bias"], head + part)
+        del d_queries, query_grads
     if sizes.on_hopper:
+        # In the states' place, unless they are not ours to overwrite.
+        d_at_end = before if kept.chunk_states is None else sizes.state_slots(sizes.chunks + 1)
         ends = d_last, grads["initial"]
-        state_walks.walk_back(sizes, inputs, scales, head, d_y, before, *ends, scale_grads)
-        d_at_end = before  # in the same place
+        state_walks.walk_back(sizes, inputs, scales, head, d_y, before, d_at_end, *ends, scale_grads)
     else:
         d_at_end = sizes.state_slots(sizes.chunks)
         d_initial = last if grads["initial"] is None else grads["initial"]
@@ -199,18 +211,21 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
             d_local, d_last, before, scales.chunk_decay, scales.phase, d_at_end, d_initial, scale_grads["state_inner"],
             scale_grads["d_chunk_turn"], sizes.chunks, head, sizes.heads_here,
         )  # fmt: skip
-    aside.join()
     del before, d_local
-    d_keys = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
-    portable = chunk_key.chunk_keys_backward_kernel
-    sizes.on_chunks["keys"](
-        hopper().chunk_key.hopper_chunk_keys_backward_kernel if sizes.on_hopper else portable,
-        inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.D, inputs.mimo_x, inputs.document_ids,
-        *scales[:3], scales.phase, d_at_end, d_y, grads["x"], d_keys, scale_grads["d_phase"],
-        scale_grads["key_inner"], scale_grads["d_diagonal"], partial["D"], partial["mimo_x"], *place,
-    )  # fmt: skip
-    with aside.beside(d_keys):
-        _sum_heads(sizes, d_keys, grads["B"], partial["B_bias"], head)
+    for part in sizes.parts:
+        aside.join()
+        d_keys = sizes.empty(sizes.batch, sizes.part_heads, rows, sizes.d_state, dtype=sizes.dtype)
+        portable = chunk_key.chunk_keys_backward_kernel
+        sizes.on_chunks["keys"](
+            hopper().chunk_key.hopper_chunk_keys_backward_kernel if sizes.on_hopper else portable,
+            inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.D, inputs.mimo_x, inputs.document_ids,
+            *scales[:3], scales.phase, d_at_end[:, :, part:], d_y[:, part:], grads["x"], d_keys,
+            scale_grads["d_phase"][:, part:], scale_grads["key_inner"], scale_grads["d_diagonal"], partial["D"],
+            partial["mimo_x"], sizes.seqlen, sizes.chunks, head + part,
+        )  # fmt: skip
+        with aside.beside(d_keys):
+            _sum_heads(sizes, d_keys, grads["B"], partial["B_bias"], head + part)
+        del d_keys
     _scales_backward(sizes, inputs, head, grads, scale_grads)
 
 
@@ -241,7 +256,7 @@ def _queries(sizes, inputs, kept, before, gate_grads, d_norm, d_local, query_gra
 
 def _sum_heads(sizes: Sizes, per_head: Tensor, total: Tensor, d_bias: Tensor | None, head: int) -> None:
     kernel = head_sum.head_sum_kernel
-    sizes.head_sums(kernel, per_head, total, d_bias, sizes.seqlen, sizes.padded, head, sizes.heads_here)
+    sizes.head_sums(kernel, per_head, total, d_bias, sizes.seqlen, sizes.padded, head, sizes.part_heads)
 
 
 def _scales_backward(sizes: Sizes, inputs: Inputs, head: int, grads: dict, scale_grads: dict[str, Tensor]) -> None:

@@ -13,11 +13,12 @@ from mamba3_train.model.recurrent_state import LayerState, RecurrentState
 class Block(nn.Module):
     """One layer, pre-norm: residual + mixer(norm(residual)), then the same with the MLP."""
 
-    def __init__(self, config: Mamba3Config, kind: str, kernels: str):
+    def __init__(self, config: Mamba3Config, kind: str, kernels: str, keep: str = "scales"):
         super().__init__()
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         if kind == "M":
-            self.mixer = Mamba3Mixer(config.d_model, config.mixer, norm_eps=config.norm_eps, kernels=kernels)
+            settings = {"norm_eps": config.norm_eps, "kernels": kernels, "keep": keep}
+            self.mixer = Mamba3Mixer(config.d_model, config.mixer, **settings)
         else:
             self.mixer = Attention(config.d_model, config.attention)
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps) if config.d_mlp else None
@@ -53,14 +54,14 @@ class Mamba3LM(nn.Module):
 
     Args:
         config: all dimensions.
-        kernels: backend of the scan, see `mamba3_scan`.
+        kernels, keep: backend of the scan and what it keeps for its backward, see `mamba3_scan`.
     """
 
-    def __init__(self, config: Mamba3Config, *, kernels: str = "reference"):
+    def __init__(self, config: Mamba3Config, *, kernels: str = "reference", keep: str = "scales"):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.embedding = TokenEmbedding(config.padded_vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, kind, kernels) for kind in config.layers)
+        self.layers = nn.ModuleList(Block(config, kind, kernels, keep) for kind in config.layers)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head = None
         if not config.tie_embeddings:

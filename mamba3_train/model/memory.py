@@ -72,6 +72,7 @@ def step_memory(
     recompute: str = "none",
     passes: int = 1,
     on_hopper: bool = True,
+    keep: str = "scales",
 ) -> Memory:
     """Memory of a step.
 
@@ -84,6 +85,7 @@ def step_memory(
         recompute: `none`, `selective` or `full`.
         passes: forward and backward passes of one step on one GPU: micro-batches, times segments.
         on_hopper: whether the GPU is of the kind that `kernels.hopper` is for (H100, H200).
+        keep: what the scan keeps for its backward, see `mamba3_scan`.
 
     Raises:
         UserError: an unknown strategy.
@@ -91,11 +93,11 @@ def step_memory(
     if strategy not in SHARDED:
         raise UserError(f"strategy={strategy} is not one that a plan knows: {', '.join(SHARDED)}")
     tokens, layer = rows * length, _layer_parameters(config, cost)
-    saved, again = _layers_save(config, length, recompute, on_hopper)
+    saved, again = _layers_save(config, length, recompute, on_hopper, keep)
     # Layers that recompute cast again, too, and stage 3 gathers matrices in bfloat16 each time.
     keeps_casts = recompute == "none" and strategy != "deepspeed_zero3"
     backward = 4 * config.padded_vocab_size * config.d_model
-    backward += tokens * (4 * config.d_model + again + scan_workspace(config, on_hopper))
+    backward += tokens * (4 * config.d_model + again + scan_workspace(config, rows, on_hopper))
     return Memory(
         **_states(config, cost, strategy, shards, passes),
         casts=2 * layer * config.n_layers if keeps_casts else 0,
@@ -147,9 +149,11 @@ def _head(config: Mamba3Config, tokens: int) -> float:
     return 2 * weight + 4 * weight + logits + hidden
 
 
-def _layers_save(config: Mamba3Config, length: int, recompute: str, on_hopper: bool) -> tuple[float, float]:
+def _layers_save(
+    config: Mamba3Config, length: int, recompute: str, on_hopper: bool, keep: str
+) -> tuple[float, float]:  # fmt: skip
     """Bytes a token that all layers keep for the backward pass, and that one of them computes again in it, at most."""
-    by_kind = {kind: layer_saves(config, kind, length, on_hopper) for kind in set(config.layers)}
+    by_kind = {kind: layer_saves(config, kind, length, on_hopper, keep) for kind in set(config.layers)}
     kept = {
         kind: {"none": sum(saved), "selective": saved.expensive, "full": 0}[recompute]
         for kind, saved in by_kind.items()
@@ -160,9 +164,11 @@ def _layers_save(config: Mamba3Config, length: int, recompute: str, on_hopper: b
     return sum(4 * config.d_model + kept[kind] for kind in config.layers), again
 
 
-def layer_saves(config: Mamba3Config, kind: str, length: int, on_hopper: bool = True) -> Saved:
+def layer_saves(
+    config: Mamba3Config, kind: str, length: int, on_hopper: bool = True, keep: str = "scales"
+) -> Saved:  # fmt: skip
     """What a compiled layer saves, as PyTorch's partitioner chooses it, but for the norms' one number a row."""
-    expensive, cheap = _mamba_saves(config, length, on_hopper) if kind == "M" else _attention_saves(config)
+    expensive, cheap = _mamba_saves(config, length, on_hopper, keep) if kind == "M" else _attention_saves(config)
     cheap += 2 * config.d_model  # the norm's result
     if config.d_mlp:
         expensive += 2 * config.d_model + 2 * 2 * config.d_mlp  # results of the mixer and of fc1
@@ -170,16 +176,30 @@ def layer_saves(config: Mamba3Config, kind: str, length: int, on_hopper: bool = 
     return Saved(expensive, cheap)
 
 
-def _mamba_saves(config: Mamba3Config, length: int, on_hopper: bool) -> Saved:
+def _mamba_saves(config: Mamba3Config, length: int, on_hopper: bool, keep: str) -> Saved:
     mixer = config.mixer
     heads, shared = mixer.heads(config.d_model), mixer.rank * mixer.groups * mixer.d_state
     inner = heads * mixer.head_dim
     projected = 2 * sum(mixer.in_proj_widths(config.d_model).values())  # x, z, trap and angles are read in it
-    scales = 3 * 4 * heads + 2 * heads * mixer.rotated_pairs
-    kept_y = 2 * inner if scan_keeps_y(mixer, on_hopper) else 0
+    kept = scan_keeps(config, length, on_hopper, keep)
     # Cheap: B and C behind their norm; dt and A, in float32.
-    states = inner * mixer.d_state * scan_states_kept(mixer, length, on_hopper) / length
-    return Saved(projected + scales + 2 * inner + kept_y + 4 * states, 2 * 2 * shared + 2 * 4 * heads)
+    return Saved(projected + 2 * inner + kept, 2 * 2 * shared + 2 * 4 * heads)
+
+
+def scan_keeps(config: Mamba3Config, length: int, on_hopper: bool, keep: str) -> float:
+    """Bytes a token that the Triton scan keeps for its backward besides its inputs."""
+    mixer = config.mixer
+    heads = mixer.heads(config.d_model)
+    state = heads * mixer.head_dim * mixer.d_state
+    if keep == "inputs":
+        return 0
+    scales = 3 * 4 * heads + 2 * heads * mixer.rotated_pairs
+    if not (on_hopper and serves_on_hopper(mixer)):
+        return scales + (2 * heads * mixer.head_dim if scan_keeps_y(mixer) else 0)
+    chunks = math.ceil(length / scan_passes(mixer)[0])
+    if keep == "states":
+        return scales + 2 * state * (chunks + 1) / length
+    return scales + 4 * state * math.ceil(chunks / launch_table.chunks_of_span(mixer.rank)) / length
 
 
 def _attention_saves(config: Mamba3Config) -> Saved:
@@ -190,22 +210,25 @@ def _attention_saves(config: Mamba3Config) -> Saved:
     return Saved(2 * heads * attention.head_dim + 4 * attention.n_heads, rotated)
 
 
-def scan_workspace(config: Mamba3Config, on_hopper: bool = True) -> float:
+def scan_workspace(config: Mamba3Config, rows: int, on_hopper: bool = True) -> float:
     """Bytes a token of the Triton scan's backward: gradients of its inputs, and what one pass of heads needs."""
     if "M" not in config.layers:
         return 0
     mixer = config.mixer
     heads, rank, width = mixer.heads(config.d_model), mixer.rank, mixer.head_dim
-    chunk, heads_here = scan_passes(mixer)
+    chunk, wanted = scan_passes(mixer)
+    part, twice = (launch_table.heads_in_pass(heads, mixer.groups, n) for n in (wanted, 2 * wanted))
+    on_hopper = on_hopper and serves_on_hopper(mixer)
+    heads_here = twice if on_hopper and launch_table.doubles_pass(rows, part, twice) else part
     # States before a chunk, which on Hopper become their own gradients, otherwise those beside them; the gradients of
-    # the rows of C or B, of y and of the phases.
-    states = 1 if on_hopper and serves_on_hopper(mixer) else 2
-    a_head = states * 2 * width * mixer.d_state / chunk + 2 * rank * (mixer.d_state + width) + 4 * mixer.rotated_pairs
+    # y and of the phases, and of the rows of C or B, in a part of the pass.
+    states = 1 if on_hopper else 2
+    a_head = states * 2 * width * mixer.d_state / chunk + 2 * rank * width + 4 * mixer.rotated_pairs
     inputs = 2 * 2 * heads * width + 2 * 4 * rank * mixer.groups * mixer.d_state  # of x and z, B and C
     # The biases' by blocks of tokens, as `kernels.head_sum.tile`, the rank weights' by chunks.
-    a_block, rank_weights = (16, 0) if rank == 1 else (32, 3 * width / chunk)
+    a_block, rank_weights = (16, 0) if rank == 1 else (64, 3 * width / chunk)
     weights = 4 * heads * rank * (2 * mixer.d_state / a_block + rank_weights)
-    return min(heads, heads_here) * a_head + inputs + weights
+    return heads_here * a_head + part * 2 * rank * mixer.d_state + inputs + weights
 
 
 def scan_passes(mixer: MixerConfig) -> tuple[int, int]:
@@ -220,13 +243,6 @@ def serves_on_hopper(mixer: MixerConfig) -> bool:
     return mixer.head_dim == 64 and mixer.d_state <= 128 and pairs in (16, 32, 64) and rest in (0, 16, 32, 64)
 
 
-def scan_keeps_y(mixer: MixerConfig, on_hopper: bool) -> bool:
-    """Whether the scan keeps y, as `kernels.sizes.Sizes` in 16 bit: Hopper's kernels do not."""
-    return mixer.rank == 1 and not mixer.output_norm and not (on_hopper and serves_on_hopper(mixer))
-
-
-def scan_states_kept(mixer: MixerConfig, length: int, on_hopper: bool) -> int:
-    """States of a sequence and head that the scan keeps, likewise: Hopper's kernels do."""
-    if not (on_hopper and serves_on_hopper(mixer)):
-        return 0
-    return math.ceil(math.ceil(length / scan_passes(mixer)[0]) / launch_table.chunks_of_span(mixer.rank))
+def scan_keeps_y(mixer: MixerConfig) -> bool:
+    """Whether the portable scan keeps y, as `kernels.sizes.Sizes` in 16 bit."""
+    return mixer.rank == 1 and not mixer.output_norm

@@ -15,12 +15,14 @@ class Mamba3Mixer(nn.Module):
         d_model: width of input and output.
         config: the mixer's dimensions.
         norm_eps: epsilon of all norms in it.
-        kernels: backend of the scan, see `mamba3_scan`.
+        kernels, keep: backend of the scan and what it keeps for its backward, see `mamba3_scan`.
     """
 
-    def __init__(self, d_model: int, config: MixerConfig, *, norm_eps: float = 1e-5, kernels: str = "reference"):
+    def __init__(self, d_model: int, config: MixerConfig, *, norm_eps: float = 1e-5, kernels: str = "reference",
+                 keep: str = "scales"):  # fmt: skip
         super().__init__()
-        self.d_model, self.config, self.norm_eps, self.kernels = d_model, config, norm_eps, kernels
+        self.d_model, self.config, self.norm_eps = d_model, config, norm_eps
+        self.kernels, self.keep = kernels, keep
         self.heads = config.heads(d_model)
         heads, rank, d_state, head_dim = self.heads, config.rank, config.d_state, config.head_dim
         self.in_proj = nn.Linear(d_model, sum(config.in_proj_widths(d_model).values()), bias=False)
@@ -52,7 +54,7 @@ class Mamba3Mixer(nn.Module):
             y, new_state = mamba3_step(*inputs, state=state, **options), state
         else:
             options |= {"document_ids": document_ids, "initial_state": state, "return_state": return_state}
-            scanned = mamba3_scan(*inputs, **options)
+            scanned = mamba3_scan(*inputs, keep=self.keep, **options)
             y, new_state = scanned if return_state else (scanned, None)
         out = self.out_proj(y.flatten(-2))
         return (out, new_state) if return_state else out

@@ -34,7 +34,7 @@ class PretrainingModule(lightning.LightningModule):
 
     Args:
         config: the model's dimensions.
-        kernels: backend of the scan.
+        kernels, keep: backend of the scan and what it keeps for its backward, see `mamba3_scan`.
         optimizer: makes the optimizer of a model.
         schedule: learning rate of a step, counted from 0.
         seed: of the initial weights.
@@ -52,6 +52,7 @@ class PretrainingModule(lightning.LightningModule):
         config: Mamba3Config,
         *,
         kernels: str,
+        keep: str,
         optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
         schedule: Callable[[int], float],
         seed: int,
@@ -66,7 +67,7 @@ class PretrainingModule(lightning.LightningModule):
         super().__init__()
         check_segments(segment_length, config)
         self.automatic_optimization = False
-        self.config, self.kernels, self.seed = config, kernels, seed
+        self.config, self.kernels, self.keep, self.seed = config, kernels, keep, seed
         self.make_optimizer, self.schedule = optimizer, schedule
         self.micro_batch_size, self.gradient_clip_norm = micro_batch_size, gradient_clip_norm
         self.segment_length = segment_length
@@ -85,7 +86,7 @@ class PretrainingModule(lightning.LightningModule):
         if self.model is not None:
             return
         with construction(self.trainer.strategy):
-            model = Mamba3LM(self.config, kernels=self.kernels)
+            model = Mamba3LM(self.config, kernels=self.kernels, keep=self.keep)
         recompute_activations(model, self.activation_checkpointing)
         if self.compile_wanted:
             compile_layers(model)

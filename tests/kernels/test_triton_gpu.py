@@ -114,6 +114,29 @@ def test_same_bits_twice(rank):
 
 
 @pytest.mark.parametrize("rank", [1, 4])
+def test_kept_states_are_those_computed_again(rank):
+    inputs = inputs_of(torch.bfloat16, rank=rank, seqlen=2500)
+    kept, again = run(inputs, "triton", keep="states"), run(inputs, "triton")
+    assert [name for name in again if not torch.equal(kept[name], again[name])] == []
+
+
+@pytest.mark.parametrize("keep", ["scales", "states"])
+def test_passes_in_two_parts(keep):
+    """Eight rows of 32 heads: the backward takes these at once, its chunk kernels half of them."""
+    found = errors(inputs_of(torch.bfloat16, batch=8, heads=32, seqlen=100, rank=4), keep=keep)
+    assert {name: e for name, e in found.items() if not e <= LIMIT[torch.bfloat16] * (1 + (name == "d_angles"))} == {}
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_walks_across_spans_of_a_long_row(rank):
+    """One row of 64 heads is walked in four parts forward; a backward that keeps nothing sums all spans first."""
+    inputs = inputs_of(torch.bfloat16, batch=1, seqlen=16_384, rank=rank, heads=64, device="cuda")
+    kept, again = run(inputs, "triton"), run(inputs, "triton", keep="inputs")
+    found = {n: ((kept[n].double() - e.double()).norm() / e.double().norm()).item() for n, e in again.items()}
+    assert {name: e for name, e in found.items() if not e <= 1e-3 * (1 + 4 * (name == "d_angles"))} == {}
+
+
+@pytest.mark.parametrize("rank", [1, 4])
 def test_one_row_of_262144_tokens(rank):
     """The end of a long row is what a row that starts shortly before with the state there gives."""
     inputs = inputs_of(torch.bfloat16, batch=1, seqlen=2**18, rank=rank, heads=64, device="cuda")

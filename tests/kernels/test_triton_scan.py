@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from mamba3_train.kernels import ScanState, mamba3_scan, reference
 from mamba3_train.kernels.inputs import Inputs
 from mamba3_train.kernels.launch import Launch
+from mamba3_train.kernels.scan import KEEPS
 from mamba3_train.kernels.sizes import Sizes
 from mamba3_train.kernels.triton_op import scan
 from mamba3_train.kernels.triton_scan import compute_scales, local_states, pass_states
@@ -239,7 +240,7 @@ def test_same_bits_twice_and_with_inputs_only():
     inputs = inputs_of(seqlen=20, batch=1)
     first, second = (run(inputs, "triton", chunk_size=16) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    lean = run(inputs, "triton", chunk_size=16, save_inputs_only=True)
+    lean = run(inputs, "triton", chunk_size=16, keep="inputs")
     assert all(error(lean[name], first[name]) < 1e-6 for name in first)
 
 
@@ -264,7 +265,7 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(tensor.grad, plain[f"d_{name}"]) for name, tensor in leaves.items())
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", KEEPS)
 def test_operator_is_registered_right(keep):
     inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(seqlen=5, batch=1, heads=1).items()}
     tensors = [inputs.get(name) for name in Inputs._fields]

@@ -64,9 +64,9 @@ def outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, 
 def chunk_outputs(
     x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, ids, log_decay, key_log, diagonal, phase,
     states, d_out, batch, chunk, here, head, tokens, packed, scalars, keys, left, seqlen, chunks, head_start,
-    HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, HEAD_DIM: gl.constexpr, D_STATE: gl.constexpr,
-    STRIDE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, TOKEN_STRIDE: gl.constexpr,
-    AHEAD: gl.constexpr,
+    HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, STATE_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    D_STATE: gl.constexpr, STRIDE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """A chunk's y before norm and gate, (CHUNK, RANK, P), and in shared memory what else was brought for it.
 
@@ -86,7 +86,7 @@ def chunk_outputs(
     raw = copy_tile(x + tokens, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
     weight_x = None if mimo_x is None else copy_weights(mimo_x + of_head, HEAD_DIM, RANK, HEAD_DIM, False)
     async_copy.commit_group()
-    state = states + ((batch * (chunks + 1) + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
+    state = states + ((batch * (chunks + 1) + chunk) * STATE_HEADS + here) * (HEAD_DIM * D_STATE)
     s0, s1, s2 = copy_state(state, HEAD_DIM, PAIRS, REST)
     by_out = 0.0 if d_out is None else copy_tile(d_out + packed, left, CHUNK, HEADS * HEAD_DIM, HEAD_DIM)
     gate = copy_tile(z + tokens, left, CHUNK, TOKEN_STRIDE, HEAD_DIM)
@@ -102,7 +102,7 @@ def chunk_outputs(
     skip = None if D is None else gl.load(D + head).to(gl.float32)
     fetch_chunk_ahead(
         states, None, phase, x, z, seqlen, chunks, head_start,
-        HEADS, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
+        HEADS, HEADS_HERE, STATE_HEADS, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
     )  # fmt: skip
     async_copy.wait_group(1)
     cos, sin = turn_of(hold(fraction, True))
@@ -125,9 +125,9 @@ def hopper_chunk_outputs_kernel(
     phase, states, out, norm_eps, seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
-    TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr, STATE_HEADS: gl.constexpr,
 ):  # fmt: skip
-    """states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk. out: like x."""
+    """states: (batch, chunks + 1, STATE_HEADS, P, N), before each chunk, from the pass's first head on. out: like x."""
     STRIDE: gl.constexpr = GROUPS * D_STATE
     valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
     chunk, here, batch, head, start, left, scalars, keys = place_of_program(
@@ -140,7 +140,7 @@ def hopper_chunk_outputs_kernel(
     y, tiles, _, _, gate_tiles = chunk_outputs(
         x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, ids, log_decay, key_log, diagonal, phase,
         states, None, batch, chunk, here, head, tokens, packed, scalars, keys, left, seqlen, chunks, head_start,
-        HEADS, HEADS_HERE, HEAD_DIM, D_STATE, STRIDE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
+        HEADS, HEADS_HERE, STATE_HEADS, HEAD_DIM, D_STATE, STRIDE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
     )  # fmt: skip
     _, gate, weight_z, weight_o, norm = gate_tiles
     y = gate_rows(

@@ -118,16 +118,17 @@ def sum_of_eights(tile, PARTS: gl.constexpr, WIDTH: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["length", "seqlen", "chunks", "head_start"])
 def hopper_gradient_walk_kernel(
-    C, C_bias, d_y, document_ids, log_decay, chunk_decay, phase, states, starts, d_initial, inner, d_turn,
+    C, C_bias, d_y, document_ids, log_decay, chunk_decay, phase, states, d_states, starts, d_initial, inner, d_turn,
     length, seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, WHOLE: gl.constexpr,
-    INNER_PARTS: gl.constexpr,
+    D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, STATE_HEADS: gl.constexpr,
+    WHOLE: gl.constexpr, INNER_PARTS: gl.constexpr,
 ):  # fmt: skip
     """Programs: heads of the pass, batch, and walks of `length` chunks (WHOLE: of all), each from its end to its start.
 
-    d_y: (batch, HEADS_HERE, rows, P). states: (batch, chunks + 1, HEADS_HERE, P, N), before each chunk and after the
-    last; that after a chunk is overwritten by its gradient. d_initial, inner, d_turn: as in
+    d_y: (batch, HEADS_HERE, rows, P). states: (batch, chunks + 1, STATE_HEADS, P, N), before each chunk and after the
+    last, from the pass's first head on. d_states: (batch, chunks + 1, HEADS_HERE, P, N), takes the gradients of all
+    but the first of them; may be states itself. d_initial, inner, d_turn: as in
     `state_passing_backward_kernel`, the last two in INNER_PARTS parts, one a warp. starts: (batch, HEADS_HERE, walks,
     P, N) float32, the gradient of the state after each walk, None for zero.
     """
@@ -168,8 +169,9 @@ def hopper_gradient_walk_kernel(
     copy_queries(of_chunk(stream, 1, DOCUMENTS, REST), C, phase, log_decay, chunk_decay, document_ids, following,
                  seqlen, STRIDE, CHUNK, RANK, PAIRS, REST)  # fmt: skip
     async_copy.commit_group()
-    SLOT: gl.constexpr = HEADS_HERE * SIZE
-    states += ((batch * (chunks + 1) + 1) * HEADS_HERE + here) * SIZE  # after each chunk
+    SLOT: gl.constexpr = STATE_HEADS * SIZE
+    states += ((batch * (chunks + 1) + 1) * STATE_HEADS + here) * SIZE  # after each chunk
+    d_states += ((batch * (chunks + 1) + 1) * HEADS_HERE + here) * SIZE
     inner += of_head * chunks * INNER_PARTS
     d_turn += of_head * chunks * (INNER_PARTS * PAIRS)
     a0, a1, a2 = state_tiles(dtype, HEAD_DIM, PAIRS, REST)
@@ -200,7 +202,7 @@ def hopper_gradient_walk_kernel(
         async_copy.wait_group(2)  # the state and all before it
         store_inner(inner + chunk * INNER_PARTS, d_turn + chunk * (INNER_PARTS * PAIRS), s0, s1, s2, a0, a1, a2,
                     cos, sin, PAIRS, REST, INNER_PARTS)  # fmt: skip
-        store_mixed(states + chunk.to(gl.int64) * SLOT, s0, s1, s2, PAIRS, REST)
+        store_mixed(d_states + chunk.to(gl.int64) * (HEADS_HERE * SIZE), s0, s1, s2, PAIRS, REST)
         of_y = y.index(slot)
         s0, s1, s2 = decay_state(s0, s1, s2, decay, rest_decay, REST)
         s0, s1, s2 = start_product(of_y, rows, slot, s0, s1, s2, PAIRS, REST)

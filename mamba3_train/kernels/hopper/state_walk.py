@@ -80,12 +80,13 @@ def hopper_state_walk_kernel(
     length, seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
-    TOKEN_STRIDE: gl.constexpr, SPAN: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, STATE_HEADS: gl.constexpr, SPAN: gl.constexpr,
 ):  # fmt: skip
     """Programs: heads of the pass, batch, and walks of `length` chunks: of all, or of whole spans.
 
-    starts: the state before each span up to the last walk's, (batch, HEADS, spans, P, N) float32, None for zero. before: (batch, chunks + 1, HEADS_HERE, P, N). kept:
-    (batch, HEADS, spans, P, N) and last: (batch, HEADS, P, N), float32; None where they are not wanted.
+    starts: the state before each span up to the last walk's, (batch, HEADS, spans, P, N) float32, None for zero.
+    before: (batch, chunks + 1, STATE_HEADS, P, N), from the pass's first head on. kept: (batch, HEADS, spans, P, N) and
+    last: (batch, HEADS, P, N), float32; None where they are not wanted.
     """
     STRIDE: gl.constexpr = GROUPS * D_STATE
     REST: gl.constexpr = D_STATE - 2 * PAIRS
@@ -105,7 +106,7 @@ def hopper_state_walk_kernel(
     if DOCUMENTS:
         document_ids += start
     if before is not None:
-        before += ((batch * (chunks + 1) + first) * HEADS_HERE + here) * SIZE
+        before += ((batch * (chunks + 1) + first) * STATE_HEADS + here) * SIZE
     if kept is not None:
         kept += of_head * ((chunks + SPAN - 1) // SPAN) * SIZE
 
@@ -159,7 +160,7 @@ def hopper_state_walk_kernel(
         async_copy.commit_group()
         if before is not None:
             store_mixed(before, s0, s1, s2, PAIRS, REST)
-            before += HEADS_HERE * SIZE
+            before += STATE_HEADS * SIZE
         s0, s1, s2 = decay_state(s0, s1, s2, decay, rest_decay, REST)
         s0, s1, s2 = start_product(of_value, rows, slot, s0, s1, s2, PAIRS, REST)
         cos, sin = cosine_sine(turn)
