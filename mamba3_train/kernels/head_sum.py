@@ -12,7 +12,7 @@ def tile(rank: int) -> dict[str, int]:
     """Sizes and warps of one program: small ones are faster, but each leaves partial sums of RANK rows of a bias."""
     if rank == 1:
         return {"TOKENS": 16, "COLUMNS": 64, "STEP": 8, "num_warps": 1}
-    return {"TOKENS": 64, "COLUMNS": 64, "STEP": 4, "num_warps": 2}
+    return {"TOKENS": 32, "COLUMNS": 64, "STEP": 4, "num_warps": 2}
 
 
 @triton.jit(do_not_specialize=["seqlen", "padded", "head_start", "heads_here"])

@@ -20,15 +20,13 @@ class Launch(NamedTuple):
     """One regime's configuration.
 
     chunk: tokens of a chunk, whose chunk · rank rows are one tile; heads, forward_heads: heads of one pass of the
-    backward and of the forward, which bound the workspace; parts: launches of each chunk kernel in a pass of the
-    backward. For each chunk kernel its warps and, where a cap pays, its
+    backward and of the forward, which bound the workspace. For each chunk kernel its warps and, where a cap pays, its
     registers a thread.
     """
 
     chunk: int
     heads: int = 16
     forward_heads: int = 64
-    parts: int = 1
     states: tuple[int, int | None] = (4, None)
     outputs: tuple[int, int | None] = (4, None)
     outputs_backward: tuple[int, int | None] = (4, None)

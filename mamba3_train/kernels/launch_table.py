@@ -44,11 +44,6 @@ def heads_in_pass(heads: int, groups: int, wanted: int) -> int:
     return per_group * max(n for n in range(1, groups + 1) if groups % n == 0 and n * per_group <= wanted)
 
 
-def doubles_pass(batch: int, heads: int, twice: int) -> bool:
-    """Whether a backward pass on Hopper takes twice its heads, `twice` of them: where only so its walks fill a GPU."""
-    return batch * heads < WALKS <= batch * twice == 2 * batch * heads
-
-
 def chunks_of_span(rank: int) -> int:
     """Chunks of a span, at whose start the kernels for Hopper keep the state for the backward."""
     return 32 if rank == 1 else 64

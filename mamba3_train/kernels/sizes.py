@@ -92,14 +92,6 @@ class Sizes(Given):
         return self._with_heads(max(heads, launch_table.WALKS // self.batch) if self.on_hopper else heads)
 
     @cached_property
-    def in_backward(self) -> "Sizes":
-        """The same with a pass of twice as many heads, in two parts, where only so the walks back fill a GPU."""
-        twice = launch_table.heads_in_pass(self.heads, self.groups, 2 * self.launch.heads)
-        if not (self.on_hopper and launch_table.doubles_pass(self.batch, self.heads_here, twice)):
-            return self
-        return self._replace(launch=self.launch._replace(heads=twice, parts=2))
-
-    @cached_property
     def keeping_states(self) -> "Sizes":
         """The same with all states kept, which only the kernels for Hopper do."""
         return self._replace(keeps_states=self.on_hopper)
@@ -122,16 +114,6 @@ class Sizes(Given):
     @cached_property
     def heads_here(self) -> int:
         return launch_table.heads_in_pass(self.heads, self.groups, self.launch.heads)
-
-    @cached_property
-    def part_heads(self) -> int:
-        """Heads of one launch of the backward's chunk kernels."""
-        return self.heads_here // self.launch.parts
-
-    @cached_property
-    def parts(self) -> range:
-        """The first head of each part of a pass."""
-        return range(0, self.heads_here, self.part_heads)
 
     @cached_property
     def passes(self) -> range:
@@ -189,18 +171,10 @@ class Sizes(Given):
         kernels = dict.fromkeys(("states", "outputs", "outputs_backward", "queries", "keys"), constants)
         if self.on_hopper:
             constants = {name: constants[name] for name in hopper().CONSTANTS}
-            states, held = {"STATE_HEADS": self.state_heads}, {"HELD": self.heads_here}
-            part = constants | held | {"HEADS_HERE": self.part_heads}
-            kernels = {
-                "states": constants | states,
-                "outputs": constants | states,
-                "queries": part | states,
-                "keys": part,
-            }
+            states = constants | {"STATE_HEADS": self.state_heads}
+            kernels = {"states": states, "outputs": states, "queries": states, "keys": constants}
         return {
-            kernel: Launcher(
-                (self.chunks * own["HEADS_HERE"], self.batch), own | self.launch.options(kernel, self.hardware)
-            )
+            kernel: Launcher(self.chunk_grid, own | self.launch.options(kernel, self.hardware))
             for kernel, own in kernels.items()
         }
 
@@ -296,12 +270,16 @@ class Sizes(Given):
         return self._with_heads(self.heads)
 
     @cached_property
+    def chunk_grid(self) -> tuple[int, int]:
+        return self.chunks * self.heads_here, self.batch
+
+    @cached_property
     def gate_backward(self) -> Launcher:
         options = {
             "HEADS": self.heads, "HEADS_HERE": self.heads_here, "HEAD_DIM": self.head_dim, "CHUNK": self.launch.chunk,
             "HARDWARE": self.hardware, "TOKEN_STRIDE": self.token_stride, "num_warps": 4,
         }  # fmt: skip
-        return Launcher((self.chunks * self.heads_here, self.batch), options)
+        return Launcher(self.chunk_grid, options)
 
     @cached_property
     def passing(self) -> Launcher:
@@ -346,7 +324,7 @@ class Sizes(Given):
     def head_sums(self) -> Launcher:
         tile = head_sum.tile(self.rank)
         blocks = self.token_blocks * triton.cdiv(self.d_state, tile["COLUMNS"])
-        groups_here = max(1, self.part_heads * self.groups // self.heads)
+        groups_here = max(1, self.heads_here * self.groups // self.heads)
         options = {"HEADS": self.heads, "GROUPS": self.groups, "D_STATE": self.d_state, "RANK": self.rank} | tile
         return Launcher((blocks, self.rank * groups_here, self.batch), options)
 

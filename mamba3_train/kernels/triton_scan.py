@@ -91,7 +91,7 @@ def scan_backward(
     launch: Launch | int = 0,
 ) -> Inputs:  # fmt: skip
     """Gradients of all inputs, in their own dtypes; None where the input is None (and for document_ids)."""
-    sizes = Sizes.known(inputs, launch).in_backward
+    sizes = Sizes.known(inputs, launch)
     kept = kept or Kept(compute_scales(sizes, inputs))
     if kept.chunk_states is not None:
         sizes = sizes.keeping_states
@@ -184,20 +184,18 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     else:
         last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
         before = compute_states(sizes, inputs, scales, head, last)
-    rows = sizes.padded * sizes.rank
-    d_y = sizes.empty(sizes.batch, sizes.heads_here, rows, sizes.head_dim, dtype=sizes.dtype)
+    aside.join()
+    rows = (sizes.batch, sizes.heads_here, sizes.padded * sizes.rank)
+    d_y = sizes.empty(*rows, sizes.head_dim, dtype=sizes.dtype)
     d_local = None if sizes.on_hopper else sizes.state_slots(sizes.chunks)
-    for part in sizes.parts:
-        aside.join()
-        d_queries = sizes.empty(sizes.batch, sizes.part_heads, rows, sizes.d_state, dtype=sizes.dtype)
-        gate_grads = (d_out, d_y[:, part:], grads["z"], partial["mimo_z"], partial["mimo_o"])
-        query_grads = (d_queries, scale_grads["d_phase"][:, part:], scale_grads["query_inner"])
-        place = (sizes.seqlen, sizes.chunks, head + part)
-        states = before[:, :, part:]
-        _queries(sizes, inputs, kept, states, gate_grads, partial["norm_weight"], d_local, query_grads, norm_eps, place)
-        with aside.beside(d_queries):
-            _sum_heads(sizes, d_queries, grads["C"], partial["C_bias"], head + part)
-        del d_queries, query_grads
+    d_queries = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
+    gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"])
+    query_grads = (d_queries, scale_grads["d_phase"], scale_grads["query_inner"])
+    place = (sizes.seqlen, sizes.chunks, head)
+    _queries(sizes, inputs, kept, before, gate_grads, partial["norm_weight"], d_local, query_grads, norm_eps, place)
+    with aside.beside(d_queries):
+        _sum_heads(sizes, d_queries, grads["C"], partial["C_bias"], head)
+    del d_queries, query_grads
     if sizes.on_hopper:
         # In the states' place, unless they are not ours to overwrite.
         d_at_end = before if kept.chunk_states is None else sizes.state_slots(sizes.chunks + 1)
@@ -211,21 +209,18 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
             d_local, d_last, before, scales.chunk_decay, scales.phase, d_at_end, d_initial, scale_grads["state_inner"],
             scale_grads["d_chunk_turn"], sizes.chunks, head, sizes.heads_here,
         )  # fmt: skip
+    aside.join()
     del before, d_local
-    for part in sizes.parts:
-        aside.join()
-        d_keys = sizes.empty(sizes.batch, sizes.part_heads, rows, sizes.d_state, dtype=sizes.dtype)
-        portable = chunk_key.chunk_keys_backward_kernel
-        sizes.on_chunks["keys"](
-            hopper().chunk_key.hopper_chunk_keys_backward_kernel if sizes.on_hopper else portable,
-            inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.D, inputs.mimo_x, inputs.document_ids,
-            *scales[:3], scales.phase, d_at_end[:, :, part:], d_y[:, part:], grads["x"], d_keys,
-            scale_grads["d_phase"][:, part:], scale_grads["key_inner"], scale_grads["d_diagonal"], partial["D"],
-            partial["mimo_x"], sizes.seqlen, sizes.chunks, head + part,
-        )  # fmt: skip
-        with aside.beside(d_keys):
-            _sum_heads(sizes, d_keys, grads["B"], partial["B_bias"], head + part)
-        del d_keys
+    d_keys = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
+    portable = chunk_key.chunk_keys_backward_kernel
+    sizes.on_chunks["keys"](
+        hopper().chunk_key.hopper_chunk_keys_backward_kernel if sizes.on_hopper else portable,
+        inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.D, inputs.mimo_x, inputs.document_ids,
+        *scales[:3], scales.phase, d_at_end, d_y, grads["x"], d_keys, scale_grads["d_phase"],
+        scale_grads["key_inner"], scale_grads["d_diagonal"], partial["D"], partial["mimo_x"], *place,
+    )  # fmt: skip
+    with aside.beside(d_keys):
+        _sum_heads(sizes, d_keys, grads["B"], partial["B_bias"], head)
     _scales_backward(sizes, inputs, head, grads, scale_grads)
 
 
@@ -256,7 +251,7 @@ def _queries(sizes, inputs, kept, before, gate_grads, d_norm, d_local, query_gra
 
 def _sum_heads(sizes: Sizes, per_head: Tensor, total: Tensor, d_bias: Tensor | None, head: int) -> None:
     kernel = head_sum.head_sum_kernel
-    sizes.head_sums(kernel, per_head, total, d_bias, sizes.seqlen, sizes.padded, head, sizes.part_heads)
+    sizes.head_sums(kernel, per_head, total, d_bias, sizes.seqlen, sizes.padded, head, sizes.heads_here)
 
 
 def _scales_backward(sizes: Sizes, inputs: Inputs, head: int, grads: dict, scale_grads: dict[str, Tensor]) -> None:

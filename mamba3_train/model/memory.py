@@ -97,7 +97,7 @@ def step_memory(
     # Layers that recompute cast again, too, and stage 3 gathers matrices in bfloat16 each time.
     keeps_casts = recompute == "none" and strategy != "deepspeed_zero3"
     backward = 4 * config.padded_vocab_size * config.d_model
-    backward += tokens * (4 * config.d_model + again + scan_workspace(config, rows, on_hopper))
+    backward += tokens * (4 * config.d_model + again + scan_workspace(config, length, on_hopper, keep))
     return Memory(
         **_states(config, cost, strategy, shards, passes),
         casts=2 * layer * config.n_layers if keeps_casts else 0,
@@ -210,25 +210,25 @@ def _attention_saves(config: Mamba3Config) -> Saved:
     return Saved(2 * heads * attention.head_dim + 4 * attention.n_heads, rotated)
 
 
-def scan_workspace(config: Mamba3Config, rows: int, on_hopper: bool = True) -> float:
-    """Bytes a token of the Triton scan's backward: gradients of its inputs, and what one pass of heads needs."""
+def scan_workspace(config: Mamba3Config, length: int, on_hopper: bool = True, keep: str = "scales") -> float:
+    """Bytes a token of the Triton scan's backward: gradients of its inputs, what one pass of heads needs, and what the
+    forward did not keep.
+    """
     if "M" not in config.layers:
         return 0
     mixer = config.mixer
     heads, rank, width = mixer.heads(config.d_model), mixer.rank, mixer.head_dim
     chunk, wanted = scan_passes(mixer)
-    part, twice = (launch_table.heads_in_pass(heads, mixer.groups, n) for n in (wanted, 2 * wanted))
-    on_hopper = on_hopper and serves_on_hopper(mixer)
-    heads_here = twice if on_hopper and launch_table.doubles_pass(rows, part, twice) else part
     # States before a chunk, which on Hopper become their own gradients, otherwise those beside them; the gradients of
-    # y and of the phases, and of the rows of C or B, in a part of the pass.
-    states = 1 if on_hopper else 2
-    a_head = states * 2 * width * mixer.d_state / chunk + 2 * rank * width + 4 * mixer.rotated_pairs
+    # the rows of C or B, of y and of the phases.
+    states = 1 if on_hopper and serves_on_hopper(mixer) else 2
+    a_head = states * 2 * width * mixer.d_state / chunk + 2 * rank * (mixer.d_state + width) + 4 * mixer.rotated_pairs
     inputs = 2 * 2 * heads * width + 2 * 4 * rank * mixer.groups * mixer.d_state  # of x and z, B and C
     # The biases' by blocks of tokens, as `kernels.head_sum.tile`, the rank weights' by chunks.
-    a_block, rank_weights = (16, 0) if rank == 1 else (64, 3 * width / chunk)
+    a_block, rank_weights = (16, 0) if rank == 1 else (32, 3 * width / chunk)
+    again = scan_keeps(config, length, on_hopper, "scales") if keep == "inputs" else 0
     weights = 4 * heads * rank * (2 * mixer.d_state / a_block + rank_weights)
-    return heads_here * a_head + part * 2 * rank * mixer.d_state + inputs + weights
+    return launch_table.heads_in_pass(heads, mixer.groups, wanted) * a_head + inputs + weights + again
 
 
 def scan_passes(mixer: MixerConfig) -> tuple[int, int]:

@@ -40,9 +40,8 @@ CASES = {
     "siso, all rotated": ({"seqlen": 66, "d_state": 32, "batch": 2}, {}),
     "mimo 2": ({"seqlen": 70, "rank": 2, "pairs": 32, "d_state": 128}, {"ids": True}),
     "mimo 4, documents, states, norm": ({"seqlen": 37, "rank": 4, "norm": True}, {"ids": True, "state": True}),
-    "mimo 4, a pass in two parts": ({"seqlen": 37, "rank": 4, "heads": 4}, {"ids": True}),
     "mimo 4, states kept": ({"seqlen": 37, "rank": 4, "heads": 4, "groups": 2}, {"keep": "states"}),
-    "siso, a pass in two parts, states kept": ({"seqlen": 130, "heads": 4}, {"keep": "states"}),
+    "siso, states kept": ({"seqlen": 130, "heads": 4}, {"keep": "states"}),
     "mimo 8, two passes": ({"seqlen": 20, "rank": 8, "heads": 4, "groups": 2}, {}),
     "mimo 4, all rotated, long": ({"seqlen": 125, "rank": 4, "pairs": 64, "d_state": 128}, {"ids": True}),
     "mimo 2, initial state, long": ({"seqlen": 300, "rank": 2, "pairs": 32, "d_state": 96}, {"state": True}),
@@ -58,7 +57,7 @@ def test_whole_scan_and_all_gradients(case, monkeypatch):
     """
     monkeypatch.setattr(launch_table, "chunks_of_span", lambda rank: min(rank, 2))
     monkeypatch.setattr(sizes, "FEWEST_WALKS", 1 if "states" in case else 1000)
-    monkeypatch.setattr(launch_table, "WALKS", 4 if "long" in case or "parts" in case else 256)
+    monkeypatch.setattr(launch_table, "WALKS", 4 if "long" in case else 256)
     shape, options = CASES[case]
     inputs, options = inputs_of(**shape), dict(options)
     if options.pop("ids", False):

@@ -60,11 +60,9 @@ def hopper_chunk_keys_backward_kernel(
     d_x, d_keys, d_phase, inner, d_diagonal, d_D, d_mimo_x, seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
-    TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr, HELD: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """Shapes as in `chunk_keys_backward_kernel`, from the first of HEADS_HERE heads on; but d_states, of one chunk
-    more, d_y and d_phase are of HELD heads, and d_D: (batch, 4 · chunks, HEADS), a part a warp.
-    """
+    """Shapes as in `chunk_keys_backward_kernel`, but d_D: (batch, 4 · chunks, HEADS), a part a warp."""
     STRIDE: gl.constexpr = GROUPS * D_STATE
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     PARTS: gl.constexpr = 3 if REST > 0 else 2
@@ -77,12 +75,11 @@ def hopper_chunk_keys_backward_kernel(
         seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK
     )
     rows = ((batch * HEADS_HERE + here) * chunks + chunk) * (CHUNK * RANK)
-    held = ((batch * HELD + here) * chunks + chunk) * (CHUNK * RANK)
     partial = (batch * chunks + chunk) * HEADS + head
     ids = None if document_ids is None else document_ids + start
     log_decay += scalars
     key_log += scalars
-    d_states += HELD * HEAD_DIM * D_STATE  # at each chunk's end
+    d_states += HEADS_HERE * HEAD_DIM * D_STATE
 
     # Everything is on its way before the first of it is waited for.
     k0, k1, k2 = load_parts(B + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)
@@ -94,9 +91,9 @@ def hopper_chunk_keys_backward_kernel(
     if mimo_x is not None:
         weight_x = copy_weights(mimo_x + head * (RANK * HEAD_DIM), HEAD_DIM, RANK, HEAD_DIM, False)
     async_copy.commit_group()
-    state = d_states + ((batch * (chunks + 1) + chunk) * HELD + here) * (HEAD_DIM * D_STATE)
+    state = d_states + ((batch * (chunks + 1) + chunk) * HEADS_HERE + here) * (HEAD_DIM * D_STATE)
     s0, s1, s2 = copy_state(state, HEAD_DIM, PAIRS, REST)
-    by_y = copy_tile(d_y + held * HEAD_DIM, None, 64, HEAD_DIM, HEAD_DIM)
+    by_y = copy_tile(d_y + rows * HEAD_DIM, None, 64, HEAD_DIM, HEAD_DIM)
     async_copy.commit_group()
     q0, q1, q2 = load_parts(C + keys, left, STRIDE, CHUNK, RANK, PAIRS, REST)
     of_row, of_column, gamma, id_row, id_column = load_pair_scales(
@@ -106,7 +103,7 @@ def hopper_chunk_keys_backward_kernel(
     skip = None if D is None else gl.load(D + head).to(gl.float32)
     fetch_chunk_ahead(
         d_states, d_y, phase, x, None, seqlen, chunks, head_start,
-        HEADS, HEADS_HERE, HELD, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
+        HEADS, HEADS_HERE, HEADS_HERE, HEAD_DIM, D_STATE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
     )  # fmt: skip
     async_copy.wait_group(1)
     cos, sin = turn_of(hold(fraction, True))
@@ -156,7 +153,7 @@ def hopper_chunk_keys_backward_kernel(
     async_copy.commit_group()
     # From the state: [rows, P] @ [P, N] -> [rows, N]
     d0, d1, d2 = dot_from_state(v, s0, s1, s2, PAIRS, REST)
-    to = d_phase + held // RANK * PAIRS
+    to = d_phase + rows // RANK * PAIRS
     by_queries = load_by_phase(to, CHUNK, RANK, PAIRS)
     d0, d1 = warpgroup_mma_wait(0, [d0, d1, s0, s1, v])[:2]
     d0 = scale_tokens(d0, to_end, CHUNK, RANK, PAIRS)

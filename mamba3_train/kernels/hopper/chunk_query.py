@@ -43,11 +43,9 @@ def hopper_chunk_queries_backward_kernel(
     chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
-    TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr, STATE_HEADS: gl.constexpr, HELD: gl.constexpr,
+    TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr, STATE_HEADS: gl.constexpr,
 ):  # fmt: skip
-    """Shapes as in the two kernels that this one stands for, from the first of HEADS_HERE heads on; but states are of
-    STATE_HEADS, d_y and d_phase of HELD heads.
-    """
+    """Shapes as in the two kernels that this one stands for, but states as in `hopper_chunk_outputs_kernel`."""
     STRIDE: gl.constexpr = GROUPS * D_STATE
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     PARTS: gl.constexpr = 3 if REST > 0 else 2
@@ -58,7 +56,6 @@ def hopper_chunk_queries_backward_kernel(
         seqlen, chunks, head_start, HEADS, HEADS_HERE, GROUPS, D_STATE, RANK, CHUNK
     )
     rows = ((batch * HEADS_HERE + here) * chunks + chunk) * (CHUNK * RANK)
-    held = ((batch * HELD + here) * chunks + chunk) * (CHUNK * RANK)
     tokens = start * TOKEN_STRIDE + head * HEAD_DIM
     packed = (start * HEADS + head) * HEAD_DIM
     ids = None if document_ids is None else document_ids + start
@@ -103,7 +100,7 @@ def hopper_chunk_queries_backward_kernel(
     zero = gl.zeros([64, 64], gl.float32, product_layout(64))
     by_score = warpgroup_mma(of_y, v.permute((1, 0)), zero, use_acc=False, is_async=True)
     d0, d1, d2 = dot_from_state(by_scaled, s0, s1, s2, PAIRS, REST)
-    store_rows(d_y + held * HEAD_DIM, of_y, 64, HEAD_DIM, 64, HEAD_DIM)
+    store_rows(d_y + rows * HEAD_DIM, of_y, 64, HEAD_DIM, 64, HEAD_DIM)
     by_score = weigh(warpgroup_mma_wait(PARTS, [by_score, of_y])[0], weight, CHUNK, RANK).to(dtype)
     # [rows, rows] @ [rows, N] -> [rows, N], from the chunk's keys
     d0, d1, d2 = dot_onto_state(by_score, k0, k1, k2, d0, d1, d2, PAIRS, REST)
@@ -113,4 +110,4 @@ def hopper_chunk_queries_backward_kernel(
     if REST > 0:
         d2 = warpgroup_mma_wait(0, [d2, k2, s2])[0]
     rotation_gradients(q0, q1, q2, d0, d1, d2, fraction, None, d_queries + rows * D_STATE,
-                       d_phase + held // RANK * PAIRS, inner + scalars, CHUNK, RANK, PAIRS, REST)  # fmt: skip
+                       d_phase + rows // RANK * PAIRS, inner + scalars, CHUNK, RANK, PAIRS, REST)  # fmt: skip

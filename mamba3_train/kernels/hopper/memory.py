@@ -145,13 +145,10 @@ def keep_place(first, second, rest, BIAS: gl.constexpr, REST: gl.constexpr):
 
 @gluon.jit
 def fetch_chunk_ahead(state, rows, phase, x, z, seqlen, chunks, head_start, HEADS: gl.constexpr,
-                      HEADS_HERE: gl.constexpr, HELD: gl.constexpr, HEAD_DIM: gl.constexpr, D_STATE: gl.constexpr,
-                      PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, TOKEN_STRIDE: gl.constexpr,
-                      AHEAD: gl.constexpr):  # fmt: skip
-    """Bring into the L2 cache what the program AHEAD of this one copies: see `kernels/tiles.py`.
-
-    HELD: heads of state and rows.
-    """
+                      HEADS_HERE: gl.constexpr, STATE_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
+                      D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
+                      TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
+    """Bring into the L2 cache what the program AHEAD of this one copies: see `kernels/tiles.py`."""
     program = gl.minimum(gl.program_id(0) + AHEAD, gl.num_programs(0) - 1)
     chunk = program // HEADS_HERE
     here = program % HEADS_HERE
@@ -160,10 +157,10 @@ def fetch_chunk_ahead(state, rows, phase, x, z, seqlen, chunks, head_start, HEAD
     head = head_start + here
     if state is not None:
         size: gl.constexpr = HEAD_DIM * D_STATE
-        fetch_ahead(state + ((batch * (chunks + 1) + chunk) * HELD + here) * size, size * 2)
+        fetch_ahead(state + ((batch * (chunks + 1) + chunk) * STATE_HEADS + here) * size, size * 2)
     if rows is not None:
         of_rows: gl.constexpr = CHUNK * RANK * HEAD_DIM
-        fetch_ahead(rows + ((batch * HELD + here) * chunks + chunk) * of_rows, of_rows * 2)
+        fetch_ahead(rows + ((batch * HEADS_HERE + here) * chunks + chunk) * of_rows, of_rows * 2)
     fetch_ahead(phase + ((batch * HEADS + head) * chunks + chunk) * (CHUNK * PAIRS), CHUNK * PAIRS * 2)
     token = gl.arange(0, CHUNK, gl.BlockedLayout([1], [32], [4], [0]))
     tokens = (batch * seqlen + chunk * CHUNK + gl.minimum(token, left - 1)) * TOKEN_STRIDE + head * HEAD_DIM
