@@ -118,7 +118,7 @@ def scan_backward(
     if sizes.inner_parts > sizes.passing_programs:
         scale_grads["state_inner"].zero_()
     partial = _partial_sums(sizes, inputs)
-    # Sums over heads, which wait for memory, run beside walks.
+    # Sums over heads and the scales' backward, which wait for memory, run beside walks.
     aside = SideStream(sizes.device if sizes.on_hopper and sizes.device.type == "cuda" else None)
     for head in sizes.passes:
         _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, scale_grads, partial, aside)
@@ -221,7 +221,7 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     )  # fmt: skip
     with aside.beside(d_keys):
         _sum_heads(sizes, d_keys, grads["B"], partial["B_bias"], head)
-    _scales_backward(sizes, inputs, head, grads, scale_grads)
+        _scales_backward(sizes, inputs, head, grads, scale_grads)
 
 
 def _queries(sizes, inputs, kept, before, gate_grads, d_norm, d_local, query_grads, norm_eps, place):
