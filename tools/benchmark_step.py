@@ -16,7 +16,6 @@ import itertools
 import json
 import statistics
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from mamba3_train.config import compose
 from mamba3_train.model.cost import model_cost
 from mamba3_train.training import process_end, processes
-from mamba3_train.training.assembly import build_module, build_strategy
+from mamba3_train.training.assembly import build_module, build_strategy, build_trainer
 from mamba3_train.training.device_clock import DeviceClock
 from mamba3_train.training.hardware import choose_precision, on_gpu, peak_flops
 
@@ -103,26 +102,13 @@ def run_steps(config, steps: int, profiled: int) -> StepTimer:
     processes.join(on_gpu(config.trainer.accelerator))
     timer = StepTimer(steps, profiled)
     model_config = instantiate(config.model)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = lightning.Trainer(
-            strategy=build_strategy(config),
-            accelerator=config.trainer.accelerator,
-            devices=config.trainer.devices,
-            num_nodes=config.trainer.num_nodes,
-            precision=choose_precision(config.trainer.precision, config.trainer.accelerator),
-            max_steps=steps,
-            callbacks=[timer],
-            default_root_dir=folder,
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        rows = config.data.global_batch_size // (config.trainer.devices * config.trainer.num_nodes)
-        data = RandomSteps(steps, rows, config.data.sequence_length, model_config.vocab_size)
-        loader = DataLoader(data, batch_size=None, pin_memory=torch.cuda.is_available())
-        trainer.fit(build_module(config, model_config), loader)
+    config.trainer.max_steps, config.validation.every_n_steps = steps, 0
+    precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
+    trainer = build_trainer(config, build_strategy(config), precision, [timer], loggers=[])
+    rows = config.data.global_batch_size // (config.trainer.devices * config.trainer.num_nodes)
+    data = RandomSteps(steps, rows, config.data.sequence_length, model_config.vocab_size)
+    loader = DataLoader(data, batch_size=None, pin_memory=torch.cuda.is_available())
+    trainer.fit(build_module(config, model_config), loader)
     return timer
 
 
