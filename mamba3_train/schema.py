@@ -77,13 +77,21 @@ class EvaluationSection:
     """In one pass of a device."""
 
 
+class Keep(Enum):
+    """inputs needs the least memory and is slowest, states the most and fastest."""
+
+    inputs = "inputs"
+    scales = "scales"
+    states = "states"
+
+
 @dataclass
 class KernelsSection:
     """Which implementation of the scan."""
 
     backend: str = "auto"
-    keep: str = "scales"
-    """What the Triton scan keeps for its backward: inputs, least and slowest; scales; states, most and fastest."""
+    keep: Keep = Keep.scales
+    """What the Triton scan keeps for its backward: inputs, scales or states (docs/distributed.md, Memory and speed)."""
 
 
 @dataclass

@@ -44,6 +44,7 @@ def run(tmp_path, monkeypatch, capfd):
         (["+recipe=quickstart", "trainer.compile=true"], "trainer.compile=True must be one of never, gpu, always"),
         (["+recipe=quickstart", "trainer.accelerator=tpu"], "trainer.accelerator=tpu must be one of"),
         (["+recipe=quickstart", "resume=maybe"], "resume: "),
+        (["+recipe=quickstart", "kernels.keep=all"], "kernels.keep: "),
         (["+recipe=180m_siso"], "no prepared corpus at data.path=data/fineweb_edu; make it by: python -m"),
         (["trainer.max_steps=1"], "run.name"),
     ],

@@ -50,10 +50,11 @@ def recorded_peaks():
 
 
 def given(row):
-    """What a row's command asks for: recipe, strategy, devices, rows of a step and of a micro-batch."""
+    """What a row's command asks for: recipe, strategy, devices, rows of a step and of a micro-batch, kernels.keep."""
     keys = dict(word.split("=", 1) for word in row["command"].split() if "=" in word)
     rows = int(keys["data.global_batch_size"]), int(keys["data.micro_batch_size"])
-    return row["recipe"], keys.get("strategy", "single"), int(keys.get("trainer.devices", 1)), *rows
+    devices, keep = int(keys.get("trainer.devices", 1)), keys.get("kernels.keep", "scales")
+    return row["recipe"], keys.get("strategy", "single"), devices, *rows, keep
 
 
 def with_the_kernels_of(row):
@@ -61,10 +62,10 @@ def with_the_kernels_of(row):
     return "a100-80gb" if row.get("scan_kernels") == "portable" else "h200"
 
 
-def planned(recipe, strategy, devices, global_batch_size, micro_batch_size, gpu="h200"):
+def planned(recipe, strategy, devices, global_batch_size, micro_batch_size, keep, gpu="h200"):
     """GiB that the plan tells."""
     config = composed(recipe).copy()
-    config.gpus, config.gpu = devices, gpu
+    config.gpus, config.gpu, config.kernels.keep = devices, gpu, keep  # by its name
     config.data.global_batch_size, config.data.micro_batch_size = global_batch_size, micro_batch_size
     model = instantiate(config.model)
     memory = plan.memory_of(config, model, model_cost(model, config.data.sequence_length), strategy, "none")
@@ -81,14 +82,14 @@ def test_memory_is_what_was_measured(row):
 
 
 def test_the_documents_show_what_was_planned_and_measured():
-    setting = r"^\| `([\w.]+)`(?:, two GPUs, `(\w+)`.*)? \| (\d+) × (\d+) \|"
+    setting = r"^\| `([\w.]+)`(?:, two GPUs, `(\w+)`|, (states) kept)? \| (\d+) × (\d+) \|"
     cells = setting + r".*\| \*\*([\d.]+)\*\* \| ([\d.]+) \| ([\d.]+) \|$"
     rows = re.findall(cells, (RESULTS.parent / "performance.md").read_text(), re.MULTILINE)
     recorded = {given(row): row for parameter in recorded_peaks() for row in parameter.values}
     assert len(rows) == len(recorded)
-    for recipe, strategy, passes, size, plan_says, said_of_measured, measured in rows:
+    for recipe, strategy, keep, passes, size, plan_says, said_of_measured, measured in rows:
         devices = 2 if strategy else 1
-        setting = recipe, strategy or "single", devices, devices * int(passes) * int(size), int(size)
+        setting = recipe, strategy or "single", devices, devices * int(passes) * int(size), int(size), keep or "scales"
         row = recorded[setting]
         assert float(measured) == pytest.approx(row["peak_memory_gib"], abs=0.051)
         assert float(said_of_measured) == pytest.approx(planned(*setting, with_the_kernels_of(row)), abs=0.051)

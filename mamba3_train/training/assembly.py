@@ -36,7 +36,7 @@ def build_module(config: DictConfig, model_config, start: StartingWeights | None
     return PretrainingModule(
         model_config,
         kernels=config.kernels.backend,
-        keep=config.kernels.keep,
+        keep=config.kernels.keep.name,
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.schedule),
         seed=config.run.seed,
