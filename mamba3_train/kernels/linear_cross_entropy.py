@@ -54,7 +54,7 @@ class _Fused(torch.autograd.Function):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
             d_hidden = torch.empty_like(hidden) if wanted else None
-            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted else None
+            d_weight = None
             loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
             for rows, targets, place in zip(
                 hidden.split(ROWS), labels.split(ROWS), d_hidden.split(ROWS) if wanted else _nothing(), strict=False
@@ -63,7 +63,8 @@ class _Fused(torch.autograd.Function):
                 loss += cross_entropy_in_place(logits, targets, IGNORED_LABEL, wanted).sum()
                 if wanted:
                     torch.mm(logits, weight, out=place)
-                    d_weight += _product(logits.T, rows)
+                    share = _product(logits.T, rows)
+                    d_weight = share if d_weight is None else d_weight.add_(share)
         if wanted:
             ctx.save_for_backward(d_hidden, d_weight)
         return loss

@@ -1,0 +1,90 @@
+"""Our AdamW is PyTorch's, in weights and state, whichever kernel steps a parameter."""
+
+import copy
+
+import pytest
+import torch
+
+from mamba3_train.training import optimizer as module
+from mamba3_train.training.optimizer import AdamW
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+SETTINGS = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def parameters():
+    """A large one that fills no whole number of blocks, and a small one that PyTorch steps."""
+    torch.manual_seed(0)
+    return [torch.randn(shape, device=DEVICE).requires_grad_() for shape in ((67, 101), (5,))]
+
+
+def groups(large, small):
+    return [{"params": [large], "weight_decay": 0.1}, {"params": [small], "weight_decay": 0.0}]
+
+
+def take_steps(optimizer, given, skipped=(), scales=None):
+    """Steps 0 to 4 with gradients of their own."""
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for p in given:
+            p.grad = torch.randn(p.shape, generator=generator).to(DEVICE) * 10.0**-step
+        if scales:
+            optimizer.grad_scale = torch.tensor(scales[step], device=DEVICE)
+        if skipped:
+            optimizer.found_inf = torch.tensor(float(step in skipped), device=DEVICE)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 / (step + 1)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("scales", [None, [1.0, 2.5, 1.0, 40.0, 3.0]])
+@pytest.mark.parametrize("skipped", [(), (0, 3)])
+def test_weights_and_state_are_pytorchs(skipped, scales, monkeypatch):
+    monkeypatch.setattr(module, "LARGE", 1000)
+    ours, theirs = parameters(), parameters()
+    mine, reference = AdamW(groups(*ours), **SETTINGS), torch.optim.AdamW(groups(*theirs), fused=True, **SETTINGS)
+    take_steps(mine, ours, skipped, scales)
+    take_steps(reference, theirs, skipped, scales)
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+        assert mine.state[found].keys() == reference.state[expected].keys()
+        for name, value in reference.state[expected].items():
+            # Moments are sums, some nearly zero.
+            torch.testing.assert_close(mine.state[found][name], value, rtol=1e-6, atol=1e-6 * float(value.max()))
+    assert mine.state[ours[0]]["step"] == 5 - len(skipped)
+
+
+def test_the_kernel_steps_large_parameters_and_leaves_their_gradients(monkeypatch):
+    monkeypatch.setattr(module, "LARGE", 1000)
+    large, small = given = parameters()
+    optimizer = AdamW(groups(*given), **SETTINGS)
+    stepped = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: stepped.extend(p for p in given if p.grad is not None))
+    gradient = large.grad = torch.ones_like(large)
+    small.grad = torch.ones_like(small)
+    before = large.detach().clone()
+    optimizer.grad_scale = torch.tensor(2.0, device=DEVICE)
+    optimizer.step()
+    assert len(stepped) == 1
+    assert stepped[0] is small
+    assert not torch.equal(large, before)
+    assert large.grad is gradient
+    assert (gradient == 1).all()
+
+
+def test_state_goes_from_one_to_the_other(monkeypatch):
+    """A state dict of PyTorch's AdamW goes on here with the same weights."""
+    monkeypatch.setattr(module, "LARGE", 1000)
+    ours, theirs = parameters(), parameters()
+    mine, reference = AdamW(groups(*ours), **SETTINGS), torch.optim.AdamW(groups(*theirs), fused=True, **SETTINGS)
+    take_steps(reference, theirs)
+    mine.load_state_dict(copy.deepcopy(reference.state_dict()))
+    for found, expected in zip(ours, theirs, strict=True):
+        found.data.copy_(expected)
+    take_steps(mine, ours)
+    take_steps(reference, theirs)
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
