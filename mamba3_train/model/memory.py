@@ -142,8 +142,8 @@ def _head(config: Mamba3Config, tokens: int) -> float:
     """`linear_cross_entropy` in its forward pass, where it computes its gradients as well."""
     vocabulary, rows = config.padded_vocab_size, linear_cross_entropy.ROWS
     weight = vocabulary * config.d_model
-    # A block of logits is there until the next one is, or, from the second on, beside its share of the weight's gradient
-    # in float32.
+    # A block of logits is there until the next one is, or, from the second on, beside its share, in float32, of the
+    # weight's gradient.
     share = 4 * weight if tokens > rows else 0
     logits = max(2 * vocabulary * min(tokens, 2 * rows), 2 * vocabulary * min(tokens, rows) + share)
     # The residual stream and its norm in float32, that in bfloat16, and its gradient.

@@ -214,4 +214,4 @@ def test_the_head_holds_two_blocks_of_logits_at_most():
     block = 2 * 8192 * 1024
     heads = [memory(config, rows=rows).head - 12 * 128 * rows * LENGTH for rows in (32, 64, 128)]
     weights = 6 * 1024 * 128
-    assert heads == [weights + block + 4 * 1024 * 128, weights + 2 * block, weights + 2 * block]
+    assert heads == [weights + block, weights + 2 * block, weights + 2 * block]
