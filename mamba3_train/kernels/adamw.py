@@ -23,13 +23,14 @@ def adamw_in_place(
     Raises:
         ValueError: a tensor that is not contiguous or not float32.
     """
-    for name, tensor in {"parameter": parameter, "gradient": gradient, "moments": exp_avg, "": exp_avg_sq}.items():
+    tensors = {"parameter": parameter, "gradient": gradient, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise ValueError(f"{name or 'moments'} must be contiguous float32, got {tensor.dtype} {tensor.stride()}")
+            raise ValueError(f"{name} must be contiguous float32, got {tensor.dtype}, strides {tensor.stride()}")
     grid = (triton.cdiv(parameter.numel(), BLOCK),)
     adamw_kernel[grid](
-        parameter, gradient, exp_avg, exp_avg_sq, corrections, skip, scale, parameter.numel(), lr, *betas, eps,
-        weight_decay, BLOCK=BLOCK, num_warps=4,
+        *tensors.values(), corrections, skip, scale, parameter.numel(), lr, *betas, eps, weight_decay, BLOCK=BLOCK,
+        num_warps=4,
     )  # fmt: skip
 
 

@@ -98,6 +98,7 @@ def mamba3_scan(
     if backend == "auto":
         backend = "triton" if x.is_cuda else "reference"
     if backend == "triton":
+        keep = keep if torch.is_grad_enabled() else "inputs"
         y, last = _triton(tensors, options, initial_state, chunk_size, keep)
         return (y, ScanState(last, B[:, -1], x[:, -1])) if return_state else y
     y, state = _reference(tensors, options, initial_state, chunk_size, recurrent=backend == "recurrent")

@@ -82,14 +82,14 @@ class Sizes(Given):
 
     @cached_property
     def in_forward(self) -> "Sizes":
-        """The same with the forward's passes, which need less memory a head."""
-        return self._with_heads(self.launch.forward_heads)
+        """The same with the forward's passes, which need less memory a head; of more heads where walks fill a GPU."""
+        return self.in_training if self.walks_whole else self._with_heads(self.launch.forward_heads)
 
     @cached_property
     def in_training(self) -> "Sizes":
-        """The same with those of a forward that a backward follows, which needs more memory."""
-        heads = self.launch.forward_heads
-        return self._with_heads(max(heads, launch_table.WALKS // self.batch) if self.on_hopper else heads)
+        """The same with passes that fill a GPU with walks in any case: the backward that follows needs more memory."""
+        walking = launch_table.WALKS // self.batch if self.on_hopper else 0
+        return self._with_heads(max(self.launch.forward_heads, walking))
 
     @cached_property
     def keeping_states(self) -> "Sizes":

@@ -37,10 +37,11 @@ class Scales(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the forward may keep for the backward besides its inputs: less memory than x and z take.
+    """What the forward may keep for the backward besides its inputs.
 
     y: (batch, seqlen, H, P) before norm and gate, of rank 1 where there is a norm or a gate. states: those of
-    `state_walks`, or chunk_states: (batch, chunks + 1, H, P, N), before each chunk and after the last, which is more.
+    `state_walks`; with the scales and y less memory than x and z take. chunk_states, instead of them: (batch,
+    chunks + 1, H, P, N), before each chunk and after the last.
     """
 
     scales: Scales

@@ -244,6 +244,21 @@ def test_same_bits_twice_and_with_inputs_only():
     assert all(error(lean[name], first[name]) < 1e-6 for name in first)
 
 
+def test_nothing_is_kept_where_no_backward_follows(monkeypatch):
+    asked = []
+    monkeypatch.setattr("mamba3_train.kernels.scan.scan", lambda *args: asked.append(args[-1]) or scan(*args))
+    inputs = inputs_of(seqlen=5, batch=1)
+    mamba3_scan(**inputs, backend="triton", chunk_size=16, keep="states")
+    with torch.no_grad():
+        mamba3_scan(**inputs, backend="triton", chunk_size=16, keep="states")
+    assert asked == ["states", "inputs"]
+
+
+def test_an_unknown_choice_of_what_is_kept_is_refused():
+    with pytest.raises(ValueError, match="keep must be one of inputs, scales, states, got 'all'"):
+        mamba3_scan(**inputs_of(seqlen=3, batch=1), keep="all")
+
+
 def test_a_document_is_bit_for_bit_alone():
     inputs = inputs_of(seqlen=32, batch=1)
     ids = (torch.arange(32, device=DEVICE) >= 16).int().unsqueeze(0)
