@@ -171,14 +171,15 @@ def main(sizes, arch, chunk, kernels):
         scan_sizes.programs_ahead = lambda device: 0
     scan_sizes.shared_memory = lambda device: SHARED_MEMORY[arch]
     on_hopper = scan_sizes.runs_on_hopper
-    gears = ("portable", "hopper", "hopper, whole sequences") if arch == 90 else ("portable",)
+    gears = ("portable", "hopper", "hopper, whole sequences, all states kept") if arch == 90 else ("portable",)
     for size, gear in itertools.product(sizes, gears):
         scan_sizes.runs_on_hopper = on_hopper if "hopper" in gear else lambda *_: False
         scan_sizes.FEWEST_WALKS = 1 if "whole" in gear else 1 << 30
         scan_sizes._known.cache_clear()
         inputs = meta_inputs(**SIZES[size])
-        _, last, kept = triton_scan.scan_forward(inputs, 1e-5, keep="scales", launch=chunk)
-        triton_scan.scan_backward(inputs, 1e-5, inputs.x.contiguous(), last, kept, chunk)
+        for keep in ("scales", "states") if "kept" in gear else ("scales",):
+            _, last, kept = triton_scan.scan_forward(inputs, 1e-5, keep=keep, launch=chunk)
+            triton_scan.scan_backward(inputs, 1e-5, inputs.x.contiguous(), last, kept, chunk)
         decode(inputs)
     return 1 if failed else 0
 

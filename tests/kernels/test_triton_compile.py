@@ -21,9 +21,11 @@ def test_kernels_compile_for_hopper(size):
     kernels = compiled(size)
     assert len(set(kernels)) == 17
     assert sum(kernel.startswith("hopper_") for kernel in set(kernels)) == 6
-    # Along whole sequences, and along spans to the last state or, on the way back, without it.
-    assert kernels.count("hopper_state_walk_kernel") == 3
-    assert kernels.count("hopper_gradient_walk_kernel") == kernels.count("hopper_span_sums_kernel") == 2
+    # Along whole sequences, with and without what is kept of the spans, and along spans to the last state or, in the
+    # backward, without it; back along either, and from all states kept.
+    assert kernels.count("hopper_state_walk_kernel") == 4
+    assert kernels.count("hopper_gradient_walk_kernel") == 3
+    assert kernels.count("hopper_span_sums_kernel") == 2
 
 
 def test_kernels_for_a_narrow_state_compile_for_hopper():
