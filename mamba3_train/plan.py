@@ -2,7 +2,7 @@
 
 import sys
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -85,31 +85,34 @@ def counts(config: DictConfig, model: Mamba3Config, cost: Cost) -> Table:
 def memory_table(config: DictConfig, model: Mamba3Config, cost: Cost) -> Table:
     """Peak memory of a GPU by strategy, and whether it fits."""
     limit, _ = GPUS[config.gpu]
-    recompute = config.trainer.activation_checkpointing
     columns = ("parameters", "moments", "gradients", "casts", "activations", "head", "backward")
     title = f"GiB on each of {config.gpus} {config.gpu.upper()}, micro-batches of {micro_batch_size(config)} rows"
     table = _table(title, "strategy", *columns, "peak", "")
     for strategy in SHARDED:
         if (strategy == "single") != (config.gpus == 1):
             continue
-        memory = memory_of(config, model, cost, strategy, recompute)
+        memory = memory_of(config, model, cost, strategy)
         fits = "fits" if memory.peak / GIB <= limit * (1 - MARGIN) else "does not fit"
         parts = (f"{getattr(memory, column) / GIB:,.1f}" for column in columns)
         table.add_row(strategy, *parts, f"{memory.peak / GIB:,.1f}", fits)
-    lighter = []
-    for choice in ("selective", "full"):
-        if choice != recompute:
-            saved = memory_of(config, model, cost, "single", choice).activations / GIB
-            lighter.append(f"activations {saved:,.1f} with trainer.activation_checkpointing={choice}")
+    others = ["trainer.activation_checkpointing=selective", "trainer.activation_checkpointing=full"]
+    if config.gpu in HOPPER and "M" in model.layers:
+        others.append("kernels.keep=states")
+    otherwise = []
+    for setting in others:
+        changed = OmegaConf.merge(config, OmegaConf.from_dotlist([setting]))
+        if changed != config:
+            saved = memory_of(changed, model, cost, "single").activations / GIB
+            otherwise.append(f"activations {saved:,.1f} with {setting}")
     table.caption = (
         f"of {limit:,.0f} GiB, layers compiled; peak: beside what layers keep the larger of head, where the forward "
         f"pass ends, and backward, of one layer; gradients then only of earlier micro-batches, or place kept for them; "
-        f"{', '.join(lighter)}"
+        f"{'; '.join(otherwise)}"
     )
     return table
 
 
-def memory_of(config: DictConfig, model: Mamba3Config, cost: Cost, strategy: str, recompute: str) -> Memory:
+def memory_of(config: DictConfig, model: Mamba3Config, cost: Cost, strategy: str) -> Memory:
     """Memory of a step under a strategy on the GPUs asked for."""
     shards = min(config.gpus, config.gpus_per_node) if strategy == "hsdp" else config.gpus
     rows = micro_batch_size(config)
@@ -121,7 +124,7 @@ def memory_of(config: DictConfig, model: Mamba3Config, cost: Cost, strategy: str
         length=length,
         strategy=strategy,
         shards=shards,
-        recompute=recompute,
+        recompute=config.trainer.activation_checkpointing,
         passes=config.data.global_batch_size // config.gpus // rows * -(-config.data.sequence_length // length),
         on_hopper=config.gpu in HOPPER,
         keep=config.kernels.keep.name,

@@ -68,7 +68,7 @@ def planned(recipe, strategy, devices, global_batch_size, micro_batch_size, keep
     config.gpus, config.gpu, config.kernels.keep = devices, gpu, keep  # by its name
     config.data.global_batch_size, config.data.micro_batch_size = global_batch_size, micro_batch_size
     model = instantiate(config.model)
-    memory = plan.memory_of(config, model, model_cost(model, config.data.sequence_length), strategy, "none")
+    memory = plan.memory_of(config, model, model_cost(model, config.data.sequence_length), strategy)
     return memory.peak / 2**30
 
 
@@ -101,6 +101,17 @@ def test_the_speed_shipped_is_the_last_that_was_measured():
     last = {row["recipe"]: row["mfu"] for row in steps}
     measured = {1: round(last["1.5b_siso"], 3), 4: round(last["1.5b_mimo"], 3)}
     assert measured == plan.MEASURED_MFU
+
+
+def test_what_layers_keep_otherwise(run):
+    one = ("+recipe=1.5b_mimo", "gpus=1", "data.vocab_size=128256")
+    said = {gpu: " ".join(run(*one, f"gpu={gpu}")[1].split()) for gpu in ("h200", "a100-80gb")}
+    assert "activations 3.0 with trainer.activation_checkpointing=full" in said["h200"]
+    assert "activations 52.7 with kernels.keep=states" in said["h200"]
+    assert "kernels.keep" not in said["a100-80gb"]
+    _, kept, _ = run(*one, "gpu=h200", "kernels.keep=states", "trainer.activation_checkpointing=full")
+    assert "with kernels.keep" not in " ".join(kept.split())
+    assert "with trainer.activation_checkpointing=full" not in " ".join(kept.split())
 
 
 def test_the_command(run):
