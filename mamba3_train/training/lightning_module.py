@@ -52,7 +52,6 @@ class PretrainingModule(lightning.LightningModule):
         config: Mamba3Config,
         *,
         kernels: str,
-        keep: str,
         optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
         schedule: Callable[[int], float],
         seed: int,
@@ -63,6 +62,7 @@ class PretrainingModule(lightning.LightningModule):
         compile: bool = False,
         start: StartingWeights | None = None,
         guard: StepGuard | None = None,
+        keep: str = "scales",
     ):
         super().__init__()
         check_segments(segment_length, config)
