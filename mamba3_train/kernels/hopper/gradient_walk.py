@@ -180,7 +180,7 @@ def hopper_gradient_walk_kernel(
     copy_y(y.index(1), d_y, following, HEAD_DIM)
     async_copy.commit_group()
     async_copy.wait_group(3)
-    turn, decay, rest_decay = turn_chunk(of_chunk(stream, 0, DOCUMENTS, REST), rows, 0, bias, False, True,
+    turn, decay, rest_decay = turn_chunk(of_chunk(stream, 0, DOCUMENTS, REST), rows, 0, bias, False,
                                          C_bias is not None, DOCUMENTS, CHUNK, RANK, PAIRS, REST)  # fmt: skip
     if C_bias is not None:
         bias = hold_bias(bias, RANK, PAIRS, REST)
@@ -211,8 +211,7 @@ def hopper_gradient_walk_kernel(
         copy_state_to(a0, a1, a2, states + next.to(gl.int64) * SLOT, HEAD_DIM, PAIRS, REST)
         async_copy.commit_group()
         turn, decay, rest_decay = turn_chunk(of_chunk(stream, 1 - slot, DOCUMENTS, REST), rows, 1 - slot, bias, False,
-                                             True, C_bias is not None, DOCUMENTS, CHUNK, RANK, PAIRS,
-                                             REST)  # fmt: skip
+                                             C_bias is not None, DOCUMENTS, CHUNK, RANK, PAIRS, REST)  # fmt: skip
         soon = gl.maximum(chunk - FETCH, first)
         fetch_ahead(phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2)
         fetch_ahead(d_y + soon.to(gl.int64) * (64 * HEAD_DIM), 64 * HEAD_DIM * 2)

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared
 
-from mamba3_train.kernels.hopper.layouts import operand_layout, row_layout
+from mamba3_train.kernels.hopper.layouts import operand_layout
 from mamba3_train.kernels.hopper.memory import (
     copy_bias,
     copy_tile_to,
@@ -29,7 +29,6 @@ from mamba3_train.kernels.hopper.stream import (
     hold_bias,
     of_chunk,
     place_of_walk,
-    read_scale,
     start_product,
     turn_chunk,
 )
@@ -137,13 +136,11 @@ def hopper_state_walk_kernel(
         async_copy.commit_group()
     async_copy.wait_group(1)
     turn, decay, rest_decay = turn_chunk(of_chunk(stream, first % 2, DOCUMENTS, REST), rows, first % 2, bias, True,
-                                         mimo_x is None, B_bias is not None, DOCUMENTS, CHUNK, RANK, PAIRS,
-                                         REST)  # fmt: skip
+                                         B_bias is not None, DOCUMENTS, CHUNK, RANK, PAIRS, REST)  # fmt: skip
     if B_bias is not None:
         bias = hold_bias(bias, RANK, PAIRS, REST)
     if mimo_x is not None:
-        scale = read_scale(of_chunk(stream, first % 2, DOCUMENTS, REST), True, DOCUMENTS, row_layout(HEAD_DIM, RANK))
-        v = rows_of_values(tokens.index(first % SLOTS), weight_x, scale, RANK, HEAD_DIM)
+        v = rows_of_values(tokens.index(first % SLOTS), weight_x, None, RANK, HEAD_DIM)
         put(values.index(first % 2), v, CHUNK, RANK, HEAD_DIM)
     fence_async_shared()
     if kept is not None:
@@ -167,11 +164,10 @@ def hopper_state_walk_kernel(
         # Meanwhile the next chunk's rows.
         async_copy.wait_group(1)
         next = of_chunk(stream, 1 - slot, DOCUMENTS, REST)
-        turn, decay, rest_decay = turn_chunk(next, rows, 1 - slot, bias, True, mimo_x is None, B_bias is not None,
+        turn, decay, rest_decay = turn_chunk(next, rows, 1 - slot, bias, True, B_bias is not None,
                                              DOCUMENTS, CHUNK, RANK, PAIRS, REST)  # fmt: skip
         if mimo_x is not None:
-            scale = read_scale(next, True, DOCUMENTS, row_layout(HEAD_DIM, RANK))
-            v = rows_of_values(tokens.index((chunk + 1) % SLOTS), weight_x, scale, RANK, HEAD_DIM)
+            v = rows_of_values(tokens.index((chunk + 1) % SLOTS), weight_x, None, RANK, HEAD_DIM)
             put(values.index(1 - slot), v, CHUNK, RANK, HEAD_DIM)
         soon = gl.minimum(chunk + FETCH, end - 1)
         fetch_walk(x + soon.to(gl.int64) * (CHUNK * TOKEN_STRIDE), phase + soon * (CHUNK * PAIRS), CHUNK * PAIRS * 2,

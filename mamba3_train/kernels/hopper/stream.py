@@ -189,20 +189,17 @@ def hold_bias(bias, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr)
 
 
 @gluon.jit
-def turn_chunk(stream, rows, slot, bias, TO_END: gl.constexpr, SCALE: gl.constexpr, BIAS: gl.constexpr,
-               DOCUMENTS: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr,
-               REST: gl.constexpr):  # fmt: skip
-    """What arrived in the stream, plus its bias, turned and, with SCALE, scaled, to a slot of `allocate_rows`.
+def turn_chunk(stream, rows, slot, bias, TO_END: gl.constexpr, BIAS: gl.constexpr, DOCUMENTS: gl.constexpr,
+               CHUNK: gl.constexpr, RANK: gl.constexpr, PAIRS: gl.constexpr, REST: gl.constexpr):  # fmt: skip
+    """What arrived in the stream, plus its bias, turned and scaled, to a slot of `allocate_rows`.
 
     Returns the chunk's whole turn and its decay, the latter to fit the first two parts and the third.
     """
     k0, k1, k2, fraction = read_rows(stream, RANK, PAIRS, REST)
-    scale = None
+    scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(PAIRS, RANK))
     rest_scale = None
-    if SCALE:
-        scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(PAIRS, RANK))
-        if REST > 0:
-            rest_scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(REST, RANK))
+    if REST > 0:
+        rest_scale = read_scale(stream, TO_END, DOCUMENTS, row_layout(REST, RANK))
     put_turned(rows, slot, k0, k1, k2, bias, fraction, scale, rest_scale, BIAS, CHUNK, RANK, PAIRS, REST)
     decay = read_decay(stream, PAIRS)
     rest_decay = 0.0
