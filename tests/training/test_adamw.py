@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from mamba3_train.training import optimizer as module
 from mamba3_train.training.optimizer import AdamW
@@ -88,3 +91,23 @@ def test_state_goes_from_one_to_the_other(monkeypatch):
     take_steps(reference, theirs)
     for found, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.fixture
+def mesh():
+    """One process by itself."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh(DEVICE, (1,))
+    dist.destroy_process_group()
+
+
+def test_shards_are_stepped_where_they_are(mesh, monkeypatch):
+    monkeypatch.setattr(module, "LARGE", 1000)
+    whole, _ = parameters()
+    shard = torch.nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [Shard(0)], src_data_rank=None))
+    gradient = torch.randn_like(whole)
+    whole.grad, shard.grad = gradient.clone(), distribute_tensor(gradient, mesh, [Shard(0)], src_data_rank=None)
+    for p in (whole, shard):
+        AdamW([p], weight_decay=0.1, **SETTINGS).step()
+    assert isinstance(shard, DTensor)
+    assert torch.equal(shard.to_local(), whole)
