@@ -7,6 +7,8 @@ import pytest
 
 from mamba3_train.config import check_keys, compose
 from mamba3_train.errors import UserError
+from mamba3_train.kernels.scan import KEEPS
+from mamba3_train.schema import Keep
 from mamba3_train.train import cli
 
 COMMAND = [sys.executable, "-m", "mamba3_train"]
@@ -88,3 +90,7 @@ def test_check_keys_leaves_keyword_catchers_alone():
     assert check_keys(catches) is None
     with pytest.raises(UserError, match="anything"):
         check_keys(OmegaConf.create({"_target_": "mamba3_train.model.MixerConfig", "anything": 1}))
+
+
+def test_what_is_kept_is_called_the_same_here_and_in_the_scan():
+    assert [choice.name for choice in Keep] == list(KEEPS)

@@ -86,6 +86,9 @@ def test_steps():
     shown = table("README.md", r"^\| 1.5B .* \| (\d+) \| (\d+) \| ([\d.]+) % \| ([\d.]+) \|$")
     assert {int(row[7]) for row in rows} == set(recorded)
     assert len(shown) == 2
+    ((ms, gib),) = table("README.md", r"otherwise computes again: (\d+) ms and ([\d.]+)\nGiB for MIMO")
+    assert "kernels.keep=states" in recorded[int(ms)]["command"]
+    assert float(gib) == pytest.approx(recorded[int(ms)]["peak_memory_gib"], abs=0.051)
     for ms, tokens, mfu, gib in [row[7:] for row in rows] + shown:
         row = recorded[int(ms)]
         assert round(row["tokens_per_second"]) == int(tokens)

@@ -63,8 +63,8 @@ class _Fused(torch.autograd.Function):
                 loss += cross_entropy_in_place(logits, targets, IGNORED_LABEL, wanted).sum()
                 if wanted:
                     torch.mm(logits, weight, out=place)
-                    share = _product(logits.T, rows)
-                    d_weight = share if d_weight is None else d_weight.add_(share)
+                    # Nothing else holds a block's share: the next block's logits take its place.
+                    d_weight = _added(d_weight, _product(logits.T, rows))
         if wanted:
             ctx.save_for_backward(d_hidden, d_weight)
         return loss
@@ -81,6 +81,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype.itemsize < 4:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def _added(total: Tensor | None, share: Tensor) -> Tensor:
+    return share if total is None else total.add_(share)
 
 
 def _nothing():

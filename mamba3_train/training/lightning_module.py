@@ -57,12 +57,12 @@ class PretrainingModule(lightning.LightningModule):
         seed: int,
         micro_batch_size: int,
         gradient_clip_norm: float,
+        keep: str = "scales",
         activation_checkpointing: str = "none",
         segment_length: int | None = None,
         compile: bool = False,
         start: StartingWeights | None = None,
         guard: StepGuard | None = None,
-        keep: str = "scales",
     ):
         super().__init__()
         check_segments(segment_length, config)

@@ -2,8 +2,8 @@
 
 What a chunk adds to the state never reaches memory: the matrix units add it to the state in registers. The walk is a
 chain, so what the next chunk needs is on its way meanwhile. Where there are heads enough, the forward walks a head's
-whole sequence in one program and keeps the state at every SPAN chunks. Otherwise all spans are walked at a time from
-the states that they begin with (`span_sums.py`), as the backward always does.
+whole sequence in one program, otherwise parts of several spans at a time, from states that `span_sums.py` leads to. It
+keeps the state at every SPAN chunks, from which the backward walks all spans at a time.
 """
 
 from triton.experimental import gluon
