@@ -12,10 +12,27 @@ from mamba3_train.training import optimizer as module
 from mamba3_train.training.optimizer import AdamW
 
 pytest.importorskip("triton")
+from mamba3_train.kernels import adamw as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
+
+
+@pytest.fixture(autouse=True)
+def numbers_as_a_gpu_gets_them(monkeypatch):
+    """Numbers in float32: a GPU's kernel gets them so, the interpreter's gets Python's own."""
+    kernel = kernels.adamw_kernel
+
+    class Rounded:
+        def __getitem__(self, grid):
+            return lambda *given, **named: kernel[grid](*(_float32(value) for value in given), **named)
+
+    monkeypatch.setattr(kernels, "adamw_kernel", Rounded())
+
+
+def _float32(value):
+    return torch.tensor(value).item() if isinstance(value, float) else value
 
 
 def parameters():
