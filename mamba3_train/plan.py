@@ -97,7 +97,7 @@ def memory_table(config: DictConfig, model: Mamba3Config, cost: Cost) -> Table:
         table.add_row(strategy, *parts, f"{memory.peak / GIB:,.1f}", fits)
     others = ["trainer.activation_checkpointing=selective", "trainer.activation_checkpointing=full"]
     if config.gpu in HOPPER and "M" in model.layers:
-        others.append("kernels.keep=states")
+        others += ["kernels.keep=states", "kernels.keep=outputs"]
     otherwise = []
     for setting in others:
         changed = OmegaConf.merge(config, OmegaConf.from_dotlist([setting]))

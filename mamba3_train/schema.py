@@ -78,11 +78,12 @@ class EvaluationSection:
 
 
 class Keep(Enum):
-    """inputs needs the least memory and is slowest, states the most and fastest."""
+    """inputs needs the least memory and is slowest, outputs the most and fastest."""
 
     inputs = "inputs"
     scales = "scales"
     states = "states"
+    outputs = "outputs"
 
 
 @dataclass
@@ -91,7 +92,7 @@ class KernelsSection:
 
     backend: str = "auto"
     keep: Keep = Keep.scales
-    """What the Triton scan keeps for its backward: inputs, scales or states (docs/distributed.md, Memory and speed)."""
+    """What the Triton scan keeps for its backward, see docs/distributed.md: inputs, scales, states or outputs."""
 
 
 @dataclass

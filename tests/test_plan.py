@@ -107,10 +107,10 @@ def test_what_layers_keep_otherwise(run):
     one = ("+recipe=1.5b_mimo", "gpus=1", "data.vocab_size=128256")
     said = {gpu: " ".join(run(*one, f"gpu={gpu}")[1].split()) for gpu in ("h200", "a100-80gb")}
     assert "activations 3.0 with trainer.activation_checkpointing=full" in said["h200"]
-    assert "activations 52.7 with kernels.keep=states" in said["h200"]
+    assert "activations 52.7 with kernels.keep=states; activations 64.7 with kernels.keep=outputs" in said["h200"]
     assert "kernels.keep" not in said["a100-80gb"]
-    _, kept, _ = run(*one, "gpu=h200", "kernels.keep=states", "trainer.activation_checkpointing=full")
-    assert "with kernels.keep" not in " ".join(kept.split())
+    _, kept, _ = run(*one, "gpu=h200", "kernels.keep=outputs", "trainer.activation_checkpointing=full")
+    assert "with kernels.keep=outputs" not in " ".join(kept.split())
     assert "with trainer.activation_checkpointing=full" not in " ".join(kept.split())
 
 

@@ -12,7 +12,7 @@ from mamba3_train.kernels.triton_op import scan
 
 HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("auto", "reference", "recurrent", "triton")
-KEEPS = ("inputs", "scales", "states")
+KEEPS = ("inputs", "scales", "states", "outputs")
 
 
 def mamba3_scan(
@@ -69,8 +69,9 @@ def mamba3_scan(
         backend: `reference` (chunked PyTorch, any device), `recurrent` (token by token), `triton` (CUDA), or `auto`
             (triton for CUDA tensors, else reference).
         keep: what triton keeps for the backward: its `inputs` alone, which is slowest; also the `scales` of all tokens
-            and a state now and then, together less than x and z; or the scales and all `states`, 2 · P · N bytes for
-            each chunk of 64 / R tokens and head, which is fastest (only the kernels for Hopper; else as `scales`).
+            and a state now and then, together less than x and z; the scales and all `states`, 2 · P · N bytes for each
+            chunk of 64 / R tokens and head; or also, but for a norm, the `outputs` of all ranks before the gate, R
+            times what x takes, which is fastest. The last two only by the kernels for Hopper; else as `scales`.
 
     Returns:
         (batch, seqlen, H, P) in x's dtype; with return_state also a `ScanState`.

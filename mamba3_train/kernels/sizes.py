@@ -29,7 +29,7 @@ class Given(NamedTuple):
     """Sizes of one call and all else that decides how its kernels are launched.
 
     types: the inputs' dtypes, None where there is none. token_stride: of x and z; ahead: programs ahead to fetch for;
-    keeps_states: the forward leaves those of all heads and chunks to the backward.
+    keep: see `mamba3_scan`.
     """
 
     batch: int
@@ -48,7 +48,7 @@ class Given(NamedTuple):
     interpreted: bool
     token_stride: int | None = None
     ahead: int | None = None
-    keeps_states: bool = False
+    keep: str = "scales"
 
 
 class Sizes(Given):
@@ -91,10 +91,15 @@ class Sizes(Given):
         walking = launch_table.WALKS // self.batch if self.on_hopper else 0
         return self._with_heads(max(self.launch.forward_heads, walking))
 
+    def keeping(self, keep: str) -> "Sizes":
+        """The same for another choice of what is kept; one object for the same choice."""
+        if keep not in self._keeping:
+            self._keeping[keep] = self._replace(keep=keep)
+        return self._keeping[keep]
+
     @cached_property
-    def keeping_states(self) -> "Sizes":
-        """The same with all states kept, which only the kernels for Hopper do."""
-        return self._replace(keeps_states=self.on_hopper)
+    def _keeping(self) -> dict[str, "Sizes"]:
+        return {self.keep: self}
 
     def _with_heads(self, heads: int) -> "Sizes":
         return self._replace(launch=self.launch._replace(heads=heads))
@@ -177,6 +182,11 @@ class Sizes(Given):
             kernel: Launcher(self.chunk_grid, own | self.launch.options(kernel, self.hardware))
             for kernel, own in kernels.items()
         }
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether the forward leaves the states of all heads and chunks to the backward, which is only on Hopper."""
+        return self.on_hopper and self.keep in ("states", "outputs")
 
     @property
     def state_heads(self) -> int:
@@ -330,12 +340,20 @@ class Sizes(Given):
 
     @property
     def keeps_y(self) -> bool:
-        """Whether the forward keeps y: at rank 1 behind a gate, where the portable kernels recompute it at some cost.
+        """Whether the forward keeps y behind a gate: by choice on Hopper, at rank 1 by the portable kernels.
 
-        The norm's gradient would suffer from y's rounding.
+        Those recompute it at some cost. The norm's gradient would suffer from y's rounding.
         """
         gated = self.types.z is not None or self.types.mimo_o is not None
-        return self.rank == 1 and gated and self.types.norm_weight is None and not self.on_hopper
+        wanted = self.keep == "outputs" if self.on_hopper else self.rank == 1 and self.keep != "inputs"
+        return wanted and gated and self.types.norm_weight is None
+
+    @cached_property
+    def kept_y(self) -> tuple[int, ...]:
+        """Shape of y where it is kept: by heads and rows on Hopper, as it is stored there."""
+        if self.on_hopper:
+            return self.batch, self.heads, self.padded * self.rank, self.head_dim
+        return self.batch, self.seqlen, self.heads, self.head_dim
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)

@@ -59,13 +59,13 @@ def _scan_shapes(*arguments):
     x, d_state = inputs.x, inputs.B.shape[-1]
     kept = [x.new_empty(0) for _ in range(_KEPT)]
     if keep != "inputs":
-        sizes = Sizes.of(inputs, chunk)
+        sizes = Sizes.of(inputs, chunk).keeping(keep)
         kept[:5] = [x.new_empty(shape, dtype=dtype) for shape, dtype in scale_shapes(sizes)]
-        kept[5] = x.new_empty(x.shape if sizes.keeps_y else 0)
-        if sizes.on_hopper and keep == "scales":
-            kept[6] = x.new_empty(sizes.kept_states, dtype=torch.float32)
-        elif sizes.on_hopper:
+        kept[5] = x.new_empty(sizes.kept_y if sizes.keeps_y else 0)
+        if sizes.keeps_states:
             kept[7] = x.new_empty(sizes.all_states)
+        elif sizes.on_hopper:
+            kept[6] = x.new_empty(sizes.kept_states, dtype=torch.float32)
     last = x.new_empty((x.shape[0], x.shape[2], x.shape[3], d_state), dtype=torch.float32)
     return x.new_empty(x.shape), last, *kept
 

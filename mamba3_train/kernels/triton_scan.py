@@ -39,9 +39,9 @@ class Scales(NamedTuple):
 class Kept(NamedTuple):
     """What the forward may keep for the backward besides its inputs.
 
-    y: (batch, seqlen, H, P) before norm and gate, of rank 1 where there is a norm or a gate. states: those of
-    `state_walks`; with the scales and y less memory than x and z take. chunk_states, instead of them: (batch,
-    chunks + 1, H, P, N), before each chunk and after the last.
+    y: before norm and gate where there is a gate, `Sizes.kept_y`. states: those of `state_walks`; with the scales and y
+    of rank 1 less memory than x and z take. chunk_states, instead of them: (batch, chunks + 1, H, P, N), before each
+    chunk and after the last.
     """
 
     scales: Scales
@@ -56,11 +56,10 @@ def scan_forward(
     """Outputs (batch, seqlen, H, P), the last state (batch, H, P, N) float32, and what is kept: see `mamba3_scan`."""
     sizes = Sizes.known(inputs, launch)
     sizes = sizes.in_forward if keep == "inputs" else sizes.in_training
-    if keep == "states":
-        sizes = sizes.keeping_states
+    sizes = sizes.keeping(keep)
     scales = compute_scales(sizes, inputs)
     out = sizes.empty(*inputs.x.shape, dtype=sizes.dtype)
-    kept_y = torch.empty_like(out) if keep != "inputs" and sizes.keeps_y else None
+    kept_y = sizes.empty(*sizes.kept_y, dtype=sizes.dtype) if sizes.keeps_y else None
     last = sizes.empty(sizes.batch, sizes.heads, sizes.head_dim, sizes.d_state)
     starts = states = None
     if sizes.on_hopper:
@@ -78,13 +77,13 @@ def scan_forward(
 
 def _outputs(sizes, inputs, scales, before, out, kept_y, norm_eps, head):
     """Stage 4: gated outputs of one pass's heads."""
-    arguments = (*_rows_arguments(inputs), *scales[:3], scales.phase, before, out)
+    arguments = (*_rows_arguments(inputs), *scales[:3], scales.phase, before)
     place = (norm_eps, sizes.seqlen, sizes.chunks, head)
     launch = sizes.on_chunks["outputs"]
     if sizes.on_hopper:
-        launch(hopper().chunk_output.hopper_chunk_outputs_kernel, *arguments, *place)
+        launch(hopper().chunk_output.hopper_chunk_outputs_kernel, *arguments, kept_y, out, *place)
     else:
-        launch(chunk_output.chunk_outputs_kernel, *arguments, kept_y, *[None] * 6, *place)
+        launch(chunk_output.chunk_outputs_kernel, *arguments, out, kept_y, *[None] * 6, *place)
 
 
 def scan_backward(
@@ -95,7 +94,7 @@ def scan_backward(
     sizes = Sizes.known(inputs, launch)
     kept = kept or Kept(compute_scales(sizes, inputs))
     if kept.chunk_states is not None:
-        sizes = sizes.keeping_states
+        sizes = sizes.keeping("states" if kept.y is None else "outputs")
     elif sizes.on_hopper and kept.states is None:
         kept = kept._replace(states=state_walks.span_states(sizes, inputs, kept.scales, sizes.spans))
     batch, heads, pairs, padded, chunks = sizes.batch, sizes.heads, sizes.pairs, sizes.padded, sizes.chunks
@@ -235,7 +234,7 @@ def _queries(sizes, inputs, kept, before, gate_grads, d_norm, d_local, query_gra
     rows = (*_rows_arguments(inputs), *scales[:3], scales.phase, before)
     if sizes.on_hopper:  # all in one
         kernel = hopper().chunk_query.hopper_chunk_queries_backward_kernel
-        queries(kernel, *rows, *gate_grads, d_norm, *query_grads, norm_eps, *place)
+        queries(kernel, *rows, kept.y, *gate_grads, d_norm, *query_grads, norm_eps, *place)
         return
     if kept.y is None:
         outputs = sizes.on_chunks["outputs_backward"]

@@ -199,8 +199,9 @@ def scan_keeps(config: Mamba3Config, length: int, on_hopper: bool, keep: str) ->
     if not (on_hopper and serves_on_hopper(mixer)):
         return scales + (2 * heads * mixer.head_dim if scan_keeps_y(mixer) else 0)
     chunks = math.ceil(length / scan_passes(mixer)[0])
-    if keep == "states":
-        return scales + 2 * state * (chunks + 1) / length
+    if keep in ("states", "outputs"):
+        y = 2 * mixer.rank * heads * mixer.head_dim if keep == "outputs" and not mixer.output_norm else 0
+        return scales + y + 2 * state * (chunks + 1) / length
     return scales + 4 * state * math.ceil(chunks / launch_table.chunks_of_span(mixer.rank)) / length
 
 

@@ -255,7 +255,7 @@ def test_nothing_is_kept_where_no_backward_follows(monkeypatch):
 
 
 def test_an_unknown_choice_of_what_is_kept_is_refused():
-    with pytest.raises(ValueError, match="keep must be one of inputs, scales, states, got 'all'"):
+    with pytest.raises(ValueError, match="keep must be one of inputs, scales, states, outputs, got 'all'"):
         mamba3_scan(**inputs_of(seqlen=3, batch=1), keep="all")
 
 

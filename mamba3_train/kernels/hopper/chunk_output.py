@@ -13,6 +13,7 @@ from mamba3_train.kernels.hopper.diagonal import add_to_diagonal
 from mamba3_train.kernels.hopper.gate import gate_rows
 from mamba3_train.kernels.hopper.layouts import accumulator_layout, left_layout, row_layout
 from mamba3_train.kernels.hopper.memory import (
+    by_row,
     by_token,
     copy_bias,
     copy_tile,
@@ -20,10 +21,14 @@ from mamba3_train.kernels.hopper.memory import (
     fetch_chunk_ahead,
     keep_place,
     load_by_token,
+    load_neighbours,
     load_parts,
+    neighbours,
+    of_neighbours,
     place_of_program,
     read_by_rank,
     read_by_token,
+    store_neighbours,
     store_tokens,
     widened,
 )
@@ -63,15 +68,16 @@ def outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, 
 @gluon.jit
 def chunk_outputs(
     x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, ids, log_decay, key_log, diagonal, phase,
-    states, d_out, batch, chunk, here, head, tokens, packed, scalars, keys, left, seqlen, chunks, head_start,
+    states, kept_y, d_out, batch, chunk, here, head, tokens, packed, scalars, keys, left, seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, STATE_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, STRIDE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
     TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """A chunk's y before norm and gate, (CHUNK, RANK, P), and in shared memory what else was brought for it.
 
-    d_out may be None. Returns y, the tiles of q, k, state and v, the pairs' weights, the decays from the chunk's start,
-    and the tiles of d_out, z, mimo_z, mimo_o and norm_weight, 0.0 for what is None.
+    kept_y: where the chunk's y lies already, or None. d_out may be None. Returns y, the tiles of q, k, state and v, the
+    pairs' weights, the decays from the chunk's start, and the tiles of d_out, z, mimo_z, mimo_o and norm_weight, 0.0
+    for what is None.
     """
     REST: gl.constexpr = D_STATE - 2 * PAIRS
     pairs: gl.constexpr = row_layout(PAIRS, RANK)
@@ -108,6 +114,9 @@ def chunk_outputs(
     cos, sin = turn_of(hold(fraction, True))
     q0, q1, q2 = share_turned(q0, q1, q2, c0, c1, c2, cos, sin, C_bias is not None, CHUNK, RANK, PAIRS, REST)
     k0, k1, k2 = share_turned(k0, k1, k2, b0, b1, b2, cos, sin, B_bias is not None, CHUNK, RANK, PAIRS, REST)
+    y = 0.0
+    if kept_y is not None:  # not before: there are no registers left while rows of B and C wait to be turned
+        y = load_neighbours(kept_y, HEAD_DIM, HEAD_DIM)
     v = share_values(raw, weight_x, CHUNK, RANK, HEAD_DIM)
     async_copy.wait_group(0)
     fence_async_shared()
@@ -115,19 +124,25 @@ def chunk_outputs(
     keep_place(c0, c1, c2, C_bias is not None, REST)
 
     weight = weight_pairs(of_row, of_column, gamma, id_row, id_column, ids is not None, False, CHUNK, RANK)
-    y = outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, CHUNK, RANK, HEAD_DIM, REST)
+    if kept_y is None:
+        y = outputs_of(q0, q1, q2, k0, k1, k2, s0, s1, s2, v, weight, skip, from_start, CHUNK, RANK, HEAD_DIM, REST)
+    else:
+        y = by_token(of_neighbours(widened(y), HEAD_DIM), CHUNK, RANK, HEAD_DIM)
     return y, (q0, q1, q2, k0, k1, k2, s0, s1, s2, v), weight, from_start, (by_out, gate, weight_z, weight_o, norm)
 
 
 @gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
 def hopper_chunk_outputs_kernel(
     x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, document_ids, log_decay, key_log, diagonal,
-    phase, states, out, norm_eps, seqlen, chunks, head_start,
+    phase, states, kept_y, out, norm_eps, seqlen, chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
     TOKEN_STRIDE: gl.constexpr, AHEAD: gl.constexpr, STATE_HEADS: gl.constexpr,
 ):  # fmt: skip
-    """states: (batch, chunks + 1, STATE_HEADS, P, N), before each chunk, from the pass's first head on. out: like x."""
+    """states: (batch, chunks + 1, STATE_HEADS, P, N), before each chunk, from the pass's first head on. out: like x.
+
+    kept_y: (batch, HEADS, padded length · RANK, P), where y is left before norm and gate, columns `mixed`; or None.
+    """
     STRIDE: gl.constexpr = GROUPS * D_STATE
     valued: gl.constexpr = accumulator_layout(HEAD_DIM, RANK)
     chunk, here, batch, head, start, left, scalars, keys = place_of_program(
@@ -139,10 +154,13 @@ def hopper_chunk_outputs_kernel(
 
     y, tiles, _, _, gate_tiles = chunk_outputs(
         x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, ids, log_decay, key_log, diagonal, phase,
-        states, None, batch, chunk, here, head, tokens, packed, scalars, keys, left, seqlen, chunks, head_start,
+        states, None, None, batch, chunk, here, head, tokens, packed, scalars, keys, left, seqlen, chunks, head_start,
         HEADS, HEADS_HERE, STATE_HEADS, HEAD_DIM, D_STATE, STRIDE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
     )  # fmt: skip
     _, gate, weight_z, weight_o, norm = gate_tiles
+    if kept_y is not None:
+        rows = neighbours(by_row(y, CHUNK, RANK, HEAD_DIM), HEAD_DIM)
+        store_neighbours(kept_y + scalars * (RANK * HEAD_DIM), rows, HEAD_DIM, HEAD_DIM)
     y = gate_rows(
         y,
         widened(read_by_token(gate, valued)),

@@ -39,7 +39,7 @@ from mamba3_train.kernels.hopper.tiles import (
 @gluon.jit(do_not_specialize=["seqlen", "chunks", "head_start"])
 def hopper_chunk_queries_backward_kernel(
     x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, document_ids, log_decay, key_log, diagonal,
-    phase, states, d_out, d_y, d_z, d_mimo_z, d_mimo_o, d_norm, d_queries, d_phase, inner, norm_eps, seqlen,
+    phase, states, kept_y, d_out, d_y, d_z, d_mimo_z, d_mimo_o, d_norm, d_queries, d_phase, inner, norm_eps, seqlen,
     chunks, head_start,
     HEADS: gl.constexpr, HEADS_HERE: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr,
     D_STATE: gl.constexpr, PAIRS: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr,
@@ -59,11 +59,13 @@ def hopper_chunk_queries_backward_kernel(
     tokens = start * TOKEN_STRIDE + head * HEAD_DIM
     packed = (start * HEADS + head) * HEAD_DIM
     ids = None if document_ids is None else document_ids + start
+    if kept_y is not None:
+        kept_y += scalars * (RANK * HEAD_DIM)
 
     y, tiles, weight, from_start, gate_tiles = chunk_outputs(
         x, B, C, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, norm_weight, ids, log_decay, key_log, diagonal, phase,
-        states, d_out, batch, chunk, here, head, tokens, packed, scalars, keys, left, seqlen, chunks, head_start,
-        HEADS, HEADS_HERE, STATE_HEADS, HEAD_DIM, D_STATE, STRIDE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
+        states, kept_y, d_out, batch, chunk, here, head, tokens, packed, scalars, keys, left, seqlen, chunks,
+        head_start, HEADS, HEADS_HERE, STATE_HEADS, HEAD_DIM, D_STATE, STRIDE, PAIRS, RANK, CHUNK, TOKEN_STRIDE, AHEAD,
     )  # fmt: skip
     q0, q1, q2, k0, k1, k2, s0, s1, s2, v = tiles
     by_out, gate, weight_z, weight_o, norm = gate_tiles

@@ -220,6 +220,20 @@ def store_neighbours(target, tile, STRIDE: gl.constexpr, WIDTH: gl.constexpr):
     gl.store(target + row * STRIDE + column, tile.to(target.dtype.element_ty))
 
 
+@gluon.jit
+def load_neighbours(source, STRIDE: gl.constexpr, WIDTH: gl.constexpr):
+    """What `store_neighbours` left in memory."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, neighbour_layout(WIDTH)))[:, None]
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, neighbour_layout(WIDTH)))[None, :]
+    return gl.load(source + row * STRIDE + column)
+
+
+@gluon.jit
+def of_neighbours(tile, WIDTH: gl.constexpr):
+    """The way back from `neighbours`."""
+    return gl.convert_layout(mixed(tile, WIDTH), product_layout(WIDTH), assert_trivial=True)
+
+
 # In registers
 
 
