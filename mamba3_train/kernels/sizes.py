@@ -194,6 +194,15 @@ class Sizes(Given):
         return self.heads if self.keeps_states else self.heads_here
 
     @property
+    def phase_grads(self) -> tuple[int, ...]:
+        """Shape of the gradients by phase: of one pass, or of two where one's are read while the next one's arise."""
+        return 1 + self.keeps_states, self.batch, self.heads_here, self.padded, self.pairs
+
+    def phase_slot(self, head: int) -> int:
+        """Which of them are those of the pass that begins with this head."""
+        return head // self.heads_here % self.phase_grads[0]
+
+    @property
     def walk_warps(self) -> int:
         """Of a program that walks on Hopper."""
         return self.launch.states[0]

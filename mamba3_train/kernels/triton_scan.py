@@ -111,7 +111,7 @@ def scan_backward(
     }  # fmt: skip
     scale_grads = {
         "query_inner": sizes.empty(*per_token), "key_inner": sizes.empty(*per_token),
-        "d_diagonal": sizes.empty(*per_token), "d_phase": sizes.empty(batch, sizes.heads_here, padded, pairs),
+        "d_diagonal": sizes.empty(*per_token), "d_phase": sizes.empty(*sizes.phase_grads),
         "state_inner": sizes.empty(batch, heads, chunks, sizes.inner_parts),
         "d_chunk_turn": sizes.empty(batch, heads, chunks, sizes.turn_parts, pairs),
     }  # fmt: skip
@@ -122,10 +122,15 @@ def scan_backward(
     aside = SideStream(sizes.device if sizes.on_hopper and sizes.device.type == "cuda" else None)
     for head in sizes.passes:
         _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, scale_grads, partial, aside)
+    if sizes.keeps_states:
+        with aside.beside():
+            _scales_backward(sizes, inputs, head, grads, scale_grads)
+    biases = [partial.pop(name) for name in ("B_bias", "C_bias")]  # which run beside, too
+    grads |= {name: _summed(tensor) for name, tensor in partial.items()}
     aside.join()
     over = (0, 1, 2) if sizes.fixed_angles else 0
     grads["angles"] = None if inputs.angles is None else grads["angles"].sum(over)
-    grads |= {name: None if tensor is None else tensor.sum((0, 1)) for name, tensor in partial.items()}
+    grads |= {"B_bias": _summed(biases[0]), "C_bias": _summed(biases[1])}
     grads["document_ids"] = None
     ordered = (grads[name] for name in Inputs._fields)
     return Inputs(*(g if g is None or g.dtype == t else g.to(t) for g, t in zip(ordered, sizes.types, strict=True)))
@@ -190,11 +195,14 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     d_local = None if sizes.on_hopper else sizes.state_slots(sizes.chunks)
     d_queries = sizes.empty(*rows, sizes.d_state, dtype=sizes.dtype)
     gate_grads = (d_out, d_y, grads["z"], partial["mimo_z"], partial["mimo_o"])
-    query_grads = (d_queries, scale_grads["d_phase"], scale_grads["query_inner"])
+    d_phase = scale_grads["d_phase"][sizes.phase_slot(head)]
+    query_grads = (d_queries, d_phase, scale_grads["query_inner"])
     place = (sizes.seqlen, sizes.chunks, head)
     _queries(sizes, inputs, kept, before, gate_grads, partial["norm_weight"], d_local, query_grads, norm_eps, place)
     with aside.beside(d_queries):
         _sum_heads(sizes, d_queries, grads["C"], partial["C_bias"], head)
+        if sizes.keeps_states and head:  # there is no other walk that the pass before could have put it beside
+            _scales_backward(sizes, inputs, head - sizes.heads_here, grads, scale_grads)
     del d_queries, query_grads
     if sizes.on_hopper:
         # In the states' place, unless they are not ours to overwrite.
@@ -216,12 +224,13 @@ def _backward_pass(sizes, inputs, kept, norm_eps, d_out, d_last, head, grads, sc
     sizes.on_chunks["keys"](
         hopper().chunk_key.hopper_chunk_keys_backward_kernel if sizes.on_hopper else portable,
         inputs.x, inputs.B, inputs.C, inputs.B_bias, inputs.C_bias, inputs.D, inputs.mimo_x, inputs.document_ids,
-        *scales[:3], scales.phase, d_at_end, d_y, grads["x"], d_keys, scale_grads["d_phase"],
+        *scales[:3], scales.phase, d_at_end, d_y, grads["x"], d_keys, d_phase,
         scale_grads["key_inner"], scale_grads["d_diagonal"], partial["D"], partial["mimo_x"], *place,
     )  # fmt: skip
     with aside.beside(d_keys):
         _sum_heads(sizes, d_keys, grads["B"], partial["B_bias"], head)
-        _scales_backward(sizes, inputs, head, grads, scale_grads)
+        if not sizes.keeps_states:
+            _scales_backward(sizes, inputs, head, grads, scale_grads)
 
 
 def _queries(sizes, inputs, kept, before, gate_grads, d_norm, d_local, query_grads, norm_eps, place):
@@ -256,12 +265,18 @@ def _sum_heads(sizes: Sizes, per_head: Tensor, total: Tensor, d_bias: Tensor | N
 
 def _scales_backward(sizes: Sizes, inputs: Inputs, head: int, grads: dict, scale_grads: dict[str, Tensor]) -> None:
     """Gradients of dt, A, trap and, one part a pass and head block, angles."""
+    given = scale_grads | {"d_phase": scale_grads["d_phase"][sizes.phase_slot(head)]}
     names = ("key_inner", "query_inner", "d_diagonal", "d_phase", "state_inner", "d_chunk_turn")
     sizes.scales_backward(
         token_scales.token_scales_backward_kernel,
-        *_scales_arguments(inputs), *(scale_grads[name] for name in names),
+        *_scales_arguments(inputs), *(given[name] for name in names),
         *(grads[name] for name in ("dt", "A", "trap", "angles")), sizes.seqlen, sizes.chunks, head,
     )  # fmt: skip
+
+
+def _summed(partial: Tensor | None) -> Tensor | None:
+    """The gradient of a per-head weight from its parts."""
+    return None if partial is None else partial.sum((0, 1))
 
 
 def _partial_sums(sizes: Sizes, inputs: Inputs) -> dict[str, Tensor | None]:

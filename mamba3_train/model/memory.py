@@ -223,9 +223,11 @@ def scan_workspace(config: Mamba3Config, length: int, on_hopper: bool = True, ke
     heads, rank, width = mixer.heads(config.d_model), mixer.rank, mixer.head_dim
     chunk, wanted = scan_passes(mixer)
     # States before a chunk, which on Hopper become their own gradients, otherwise those beside them; the gradients of
-    # the rows of C or B, of y and of the phases.
-    states = 1 if on_hopper and serves_on_hopper(mixer) else 2
-    a_head = states * 2 * width * mixer.d_state / chunk + 2 * rank * (mixer.d_state + width) + 4 * mixer.rotated_pairs
+    # the rows of C or B, of y and of the phases, where all states are kept of two passes.
+    on_hopper = on_hopper and serves_on_hopper(mixer)
+    states = 1 if on_hopper else 2
+    phases = (2 if on_hopper and keep in ("states", "outputs") else 1) * mixer.rotated_pairs
+    a_head = states * 2 * width * mixer.d_state / chunk + 2 * rank * (mixer.d_state + width) + 4 * phases
     inputs = 2 * 2 * heads * width + 2 * 4 * rank * mixer.groups * mixer.d_state  # of x and z, B and C
     # The biases' by blocks of tokens, as `kernels.head_sum.tile`, the rank weights' by chunks.
     a_block, rank_weights = (16, 0) if rank == 1 else (32, 3 * width / chunk)
