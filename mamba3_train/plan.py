@@ -128,6 +128,7 @@ def memory_of(config: DictConfig, model: Mamba3Config, cost: Cost, strategy: str
         passes=config.data.global_batch_size // config.gpus // rows * -(-config.data.sequence_length // length),
         on_hopper=config.gpu in HOPPER,
         keep=config.kernels.keep.name,
+        layers_together=config.strategy.get("layers_together", 1),
     )
 
 

@@ -73,6 +73,7 @@ def step_memory(
     passes: int = 1,
     on_hopper: bool = True,
     keep: str = "scales",
+    layers_together: int = 1,
 ) -> Memory:
     """Memory of a step.
 
@@ -86,6 +87,7 @@ def step_memory(
         passes: forward and backward passes of one step on one GPU: micro-batches, times segments.
         on_hopper: whether the GPU is of the kind that `kernels.hopper` is for (H100, H200).
         keep: what the scan keeps for its backward, see `mamba3_scan`.
+        layers_together: that FSDP2 gathers at once.
 
     Raises:
         UserError: an unknown strategy.
@@ -99,7 +101,7 @@ def step_memory(
     backward = 4 * config.padded_vocab_size * config.d_model
     backward += tokens * (4 * config.d_model + again + scan_workspace(config, length, on_hopper, keep))
     return Memory(
-        **_states(config, cost, strategy, shards, passes),
+        **_states(config, cost, strategy, shards, passes, layers_together),
         casts=2 * layer * config.n_layers if keeps_casts else 0,
         activations=tokens * saved,
         head=_head(config, tokens),
@@ -107,20 +109,23 @@ def step_memory(
     )
 
 
-def _states(config: Mamba3Config, cost: Cost, strategy: str, shards: int, passes: int) -> dict[str, float]:
+def _states(
+    config: Mamba3Config, cost: Cost, strategy: str, shards: int, passes: int, layers_together: int
+) -> dict[str, float]:
     """What there is of every parameter, in shards or whole: the first parts of `Memory`."""
     total, layer = cost.total_parameters, _layer_parameters(config, cost)
     embedding = total - config.n_layers * layer
+    unit = layer * (layers_together if strategy in ("fsdp", "hsdp") else 1)
     part = {
         name: total / shards if name in SHARDED[strategy] else total for name in ("parameters", "gradients", "moments")
     }
     parameters = 4 * part["parameters"]
     if "parameters" in SHARDED[strategy] and shards > 1:
-        # The root stays gathered, and two layers at a time, the next on its way while one computes.
-        parameters += 4 * (embedding + 2 * layer)
+        # The root stays gathered, and two units of layers at a time, the next on its way while one computes.
+        parameters += 4 * (embedding + 2 * unit)
     if strategy.startswith("deepspeed") and shards > 1:
         parameters += 4 * total / shards
-    gradients = 4 * part["gradients"] + (4 * (embedding + layer) if "gradients" in SHARDED[strategy] else 0)
+    gradients = 4 * part["gradients"] + (4 * (embedding + unit) if "gradients" in SHARDED[strategy] else 0)
     if strategy in ("fsdp", "hsdp") and passes > 1:
         gradients = 4 * total  # FSDP2 keeps them whole until the last pass, when they are exchanged
     # DDP's gradients are views of buckets, which stay when the gradients are forgotten.

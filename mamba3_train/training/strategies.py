@@ -47,6 +47,7 @@ def fsdp(
     replicas: int,
     reshard_after_forward: bool,
     cpu_offload: bool = False,
+    layers_together: int = 1,
 ) -> Strategy:
     """Parameters, gradients and optimizer state in shards, gathered layer by layer (FSDP2).
 
@@ -54,7 +55,10 @@ def fsdp(
         replicas: groups of devices that each hold a whole model; 1 shards over all, more is hybrid sharding (HSDP).
         reshard_after_forward: free gathered parameters between forward and backward.
         cpu_offload: keep the shards of parameters, gradients and optimizer state in host memory, and step there.
+        layers_together: layers that are gathered at once: fewer and larger messages, more memory.
     """
+    if layers_together < 1:
+        raise UserError(f"strategy.layers_together={layers_together} must be at least 1")
     world_size = devices * num_nodes
     if replicas < 1 or world_size % replicas:
         raise UserError(
@@ -63,7 +67,9 @@ def fsdp(
         )
     if world_size == 1:
         return single(accelerator=accelerator, devices=1, num_nodes=1)
-    return FullySharded(_backend(accelerator), world_size, replicas, reshard_after_forward, cpu_offload)
+    return FullySharded(
+        _backend(accelerator), world_size, replicas, reshard_after_forward, cpu_offload, layers_together
+    )
 
 
 def deepspeed_zero(

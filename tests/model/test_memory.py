@@ -192,6 +192,16 @@ def test_what_is_in_shards_is_divided():
     assert memory(config, "fsdp", 64).peak < memory(config, "fsdp", 8).peak < whole.peak
 
 
+@pytest.mark.parametrize(("strategy", "more"), [("fsdp", 1), ("hsdp", 1), ("deepspeed_zero3", 0), ("ddp", 0)])
+def test_layers_gathered_together_take_their_place(strategy, more):
+    config = small()
+    cost = model_cost(config, LENGTH)
+    layer = (cost.total_parameters - cost.parameters["embedding"] - cost.parameters["lm_head"]) / config.n_layers
+    alone, pairs = memory(config, strategy, 8), memory(config, strategy, 8, layers_together=2)
+    assert pairs.parameters - alone.parameters == 4 * 2 * layer * more
+    assert pairs.gradients - alone.gradients == 4 * layer * more
+
+
 def test_gradients_of_earlier_passes_are_there_in_the_forward_pass():
     config = small()
     gradients = 4 * model_cost(config, LENGTH).total_parameters

@@ -42,8 +42,8 @@ def overrides(strategy: str) -> list[str]:
         return [*ALONE, "data.micro_batch_size=2"]
     if strategy == "fsdp_offload":
         return [*overrides("fsdp"), "strategy.cpu_offload=true"]
-    replicas = ["strategy.replicas=2"] if strategy == "hsdp" else []
-    return [f"strategy={strategy}", "trainer.devices=2", "data.micro_batch_size=2", *replicas]
+    own = ["strategy.replicas=2", "strategy.layers_together=2"] if strategy == "hsdp" else []
+    return [f"strategy={strategy}", "trainer.devices=2", "data.micro_batch_size=2", *own]
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from strategy_runs import STARTED, STEPS, STRATEGIES
 
 from mamba3_train.checkpoint import sharded
 from mamba3_train.errors import UserError
-from mamba3_train.training import strategies
+from mamba3_train.training import fully_sharded, strategies
 from mamba3_train.training.fully_sharded import FullySharded
 
 WORKER = Path(__file__).with_name("strategy_runs.py")
@@ -143,6 +143,21 @@ def test_offloaded_shards_stay_in_host_memory(cpu_offload, monkeypatch):
     assert next(strategy.model.parameters()).device.type == ("cpu" if cpu_offload else "meta")
 
 
+@pytest.mark.parametrize(("layers_together", "units"), [(1, [1, 1, 1]), (2, [2, 1]), (4, [3])])
+def test_layers_are_gathered_together(layers_together, units, monkeypatch):
+    made = []
+    monkeypatch.setattr(fully_sharded, "init_device_mesh", lambda *_, **__: {"shard": None})
+    monkeypatch.setattr(fully_sharded, "fully_shard", lambda module, **_: made.append(module))
+    monkeypatch.setattr(FullySharded, "root_device", torch.device("cpu"))
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+    strategy = FullySharded("gloo", 2, 1, reshard_after_forward=True, layers_together=layers_together)
+    strategy.shard(model)
+    assert [len(unit) for unit in made[:-1]] == units
+    assert sum(made[:-1], []) == [*model.layers]
+    assert made[-1] is model
+
+
 def test_a_model_comes_back_to_where_it_computes():
     model = torch.nn.Linear(2, 2)
     strategy = strategies.single(accelerator="cpu", devices=1, num_nodes=1)
@@ -167,6 +182,7 @@ def test_one_device_needs_no_strategy():
     [
         (lambda s: strategies.single(**s), "trainer.devices=2"),
         (lambda s: strategies.fsdp(**s, replicas=3, reshard_after_forward=True), "strategy.replicas=3"),
+        (lambda s: strategies.fsdp(**s, replicas=1, reshard_after_forward=True, layers_together=0), "at least 1"),
         (lambda s: strategies.deepspeed_zero(**s, stage=4, gradient_clip_norm=1.0), "strategy.stage=4"),
         (
             lambda s: strategies.deepspeed_zero(**s, stage=3, gradient_clip_norm=1.0, compile="always"),
