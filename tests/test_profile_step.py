@@ -1,4 +1,4 @@
-"""tools/profile_step.py on a made trace: what counts as what, time in which nothing runs, and the least work."""
+"""tools/profile_step.py on a made trace: what counts as what, what the GPU waited for, and the least work."""
 
 import gzip
 import json
@@ -15,25 +15,29 @@ from mamba3_train.model.cost import model_cost
 TOOLS = Path(__file__).parent.parent / "tools"
 RECIPE = ["+recipe=180m_mimo", "data.path=x", "data.vocab_size=32000", "data.global_batch_size=2"]
 
-# Name, begin and duration in microseconds: two steps; 3,000 of 10,000 are without a kernel.
+# Name, begin, duration and launch in microseconds: two steps; 3,500 of 10,000 are without work.
 KERNELS = [
-    ("nvjet_hsh_128x256", 0, 4000),
-    ("ncclDevKernel_AllReduce", 1000, 1000),
-    ("chunk_key_kernel", 5000, 1000),
-    ("triton_poi_fused_mul", 8000, 500),
-    ("cross_entropy_kernel", 8500, 500),
-    ("Memcpy DtoD (Device -> Device)", 9000, 500),
-    ("multi_tensor_apply_kernel", 9500, 500),
+    ("nvjet_hsh_128x256", 0, 4000, -50),
+    ("ncclDevKernel_AllReduce", 1000, 1000, -40),
+    ("chunk_key_kernel", 5000, 1000, 4800),  # of 1,000 without work the host is late for 800
+    ("ncclDevKernel_AllGather", 5500, 1500, 100),  # of the next 2,000 for 200, then 800 go to communication
+    ("triton_poi_fused_mul", 8000, 500, 6200),
+    ("Memcpy DtoD (Device -> Device)", 9000, 500, None),  # of the next 500 is not known for what
+    ("cross_entropy_kernel", 9500, 250, 100),
+    ("multi_tensor_apply_kernel", 9750, 250, 100),
 ]
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trace")
-    events = [
-        {"ph": "X", "cat": "gpu_memcpy" if "Memcpy" in name else "kernel", "name": name, "ts": begin, "dur": duration}
-        for name, begin, duration in KERNELS
-    ]
+    events = []
+    for number, (name, begin, duration, launched) in enumerate(KERNELS):
+        cat, arguments = "gpu_memcpy" if "Memcpy" in name else "kernel", {"correlation": number}
+        events.append({"ph": "X", "cat": cat, "name": name, "ts": begin, "dur": duration, "args": arguments})
+        if launched is not None:
+            launch = {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernelExC", "ts": launched, "dur": 5}
+            events.append(launch | {"args": arguments})
     events.append({"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 99999})
     (folder / "trace.json.gz").write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
     arguments = ["--trace", str(folder / "trace.json.gz"), "--steps=2", "--ceilings", "700", "4"]
@@ -47,8 +51,9 @@ def result(tmp_path_factory):
 def test_every_kernel_counts_for_one_part(result):
     ms = {part: row["ms"] for part, row in result["parts"].items() if row["ms"]}
     assert ms == {
-        "matrix products": 2.0, "communication": 0.5, "scan": 0.5, "elementwise and rest": 0.25, "loss": 0.25,
-        "copies": 0.25, "optimizer": 0.25, "no kernel runs": 1.5, "step": 5.0,
+        "matrix products": 2.0, "communication": 1.25, "scan": 0.5, "elementwise and rest": 0.25, "loss": 0.125,
+        "copies": 0.25, "optimizer": 0.125, "step": 5.0,
+        "idle: host is late": 0.5, "idle: communication": 0.4, "idle: other": 0.85,
     }  # fmt: skip
     assert result["kernels"][0] == {"name": "nvjet_hsh_128x256", "calls": 0.5, "ms": 2.0}
 

@@ -1,11 +1,14 @@
-"""Where the time of a training step goes on one GPU: by part, beside the least that the part's work can take.
+"""Where the time of a training step goes on a GPU: by part, beside the least that the part's work can take.
 
     python tools/profile_step.py +recipe=1.5b_mimo data.global_batch_size=8 data.micro_batch_size=8 data.path=x
     python tools/profile_step.py --trace runs/NAME/profile/steps-10-12.trace.json.gz --steps 3 +recipe=…
 
 The first runs the recipe's step on random tokens, as `benchmark_step.py` does, and profiles some; the second reads what
 a run with `profile=[10,12]` wrote. The least is the larger of FLOPs and bytes over what this GPU reaches on a large
-bfloat16 matrix product and a large copy, measured here; without a GPU, or with --ceilings, over what is given.
+bfloat16 matrix product and a large copy, measured here; without a GPU, or with --ceilings, over what is given. Under
+torchrun every process prints what its own GPU waited for:
+
+    torchrun --nproc-per-node 2 tools/profile_step.py +recipe=440m_siso strategy=fsdp trainer.devices=2 …
 """
 
 import argparse
@@ -19,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from step_parts import (
     Kernel,
-    busy_milliseconds,
+    idle_milliseconds,
     least_work,
     milliseconds_by_kernel,
     milliseconds_by_part,
@@ -29,6 +32,7 @@ from step_parts import (
 
 from mamba3_train.config import compose
 from mamba3_train.model.cost import model_cost
+from mamba3_train.training import process_end, processes
 
 
 def main() -> None:
@@ -51,6 +55,10 @@ def main() -> None:
     kernels = read_trace(arguments.trace) if arguments.trace else profile_steps(config, overrides, arguments)
     if not kernels:
         sys.exit(f"error: {arguments.trace or 'the profile'} holds no GPU kernel")
+    if processes.rank():
+        idle = {name: f"{ms / arguments.steps:.1f} ms" for name, ms in idle_milliseconds(kernels).items()}
+        print(f"rank {processes.rank()}, a step: {idle}")
+        return
     flops, bandwidth = arguments.ceilings or measured_ceilings()
     result = {
         "command": " ".join(["python tools/profile_step.py", *overrides]),
@@ -95,7 +103,7 @@ def summarise(config, kernels: list[Kernel], steps: int, teraflops: float, terab
     begin, end = min(k.begin for k in kernels), max(k.begin + k.duration for k in kernels)
     step_ms = (end - begin) / 1e3 / steps
     parts = {part: ms / steps for part, ms in milliseconds_by_part(kernels).items()}
-    parts["no kernel runs"] = step_ms - busy_milliseconds(kernels) / steps
+    parts |= {name: ms / steps for name, ms in idle_milliseconds(kernels).items()}
     found = {}
     for part, ms in parts.items():
         flops, moved = least.get(part, (0.0, 0.0))
@@ -124,4 +132,5 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with process_end.at_once():
+        main()

@@ -22,15 +22,18 @@ PARTS = {
     "copies": ("Memcpy", "Memset", "copy_kernel", "CatArray"),
 }
 REST = "elementwise and rest"
+# Calls of the host that start something on the GPU.
+LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaGraphLaunch")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel, copy or fill on a GPU; begin and duration in microseconds."""
+    """One kernel, copy or fill on a GPU: begin, duration and, if known, when the host launched it, in microseconds."""
 
     name: str
     begin: float
     duration: float
+    launched: float | None = None
 
 
 def part_of(name: str) -> str:
@@ -40,17 +43,30 @@ def part_of(name: str) -> str:
 
 def recorded(profile) -> list[Kernel]:
     """Kernels of a `torch.profiler.profile` that has stopped, without the spans that PyTorch names among them."""
-    on_gpu = (event for event in profile.events() if "CUDA" in str(event.device_type))
-    cuda = [event for event in on_gpu if not event.is_user_annotation]
-    return [Kernel(event.name, event.time_range.start, event.time_range.elapsed_us()) for event in cuda]
+    events = profile.events()
+    launched = {event.id: event.time_range.start for event in events if event.name.startswith(LAUNCHES)}
+    on_gpu = (event for event in events if "CUDA" in str(event.device_type))
+    return [
+        Kernel(event.name, event.time_range.start, event.time_range.elapsed_us(), launched.get(event.id))
+        for event in on_gpu
+        if not event.is_user_annotation
+    ]
 
 
 def read_trace(path: Path) -> list[Kernel]:
     """Kernels of a trace as `profile=[first,last]` of a run writes it."""
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     events = json.loads(text)["traceEvents"]
+    launched = {
+        event["args"]["correlation"]: event["ts"]
+        for event in events
+        if event["name"].startswith(LAUNCHES) and "correlation" in event.get("args", {})
+    }
     on_gpu = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    return [Kernel(event["name"], event["ts"], event["dur"]) for event in on_gpu]
+    return [
+        Kernel(event["name"], event["ts"], event["dur"], launched.get(event.get("args", {}).get("correlation")))
+        for event in on_gpu
+    ]
 
 
 def milliseconds_by_part(kernels: Iterable[Kernel]) -> dict[str, float]:
@@ -69,14 +85,37 @@ def milliseconds_by_kernel(kernels: Iterable[Kernel]) -> list[tuple[str, int, fl
     return sorted(((name, len(times), sum(times)) for name, times in found.items()), key=lambda row: -row[2])
 
 
-def busy_milliseconds(kernels: Iterable[Kernel]) -> float:
-    """Time in which at least one kernel ran."""
-    busy, until = 0.0, -float("inf")
-    for kernel in sorted(kernels, key=lambda kernel: kernel.begin):
-        end = kernel.begin + kernel.duration
-        busy += max(end - max(kernel.begin, until), 0.0)
-        until = max(until, end)
-    return busy / 1e3
+def idle_milliseconds(kernels: Iterable[Kernel]) -> dict[str, float]:
+    """Time in which no kernel but of communication ran, by what the next one waited for.
+
+    The host, until it had launched it; then communication, while that ran; the rest is what lies between kernels
+    anyway, and all of it where launches are not known.
+    """
+    ordered = sorted(kernels, key=lambda kernel: kernel.begin)
+    communication = [kernel for kernel in ordered if part_of(kernel.name) == "communication"]
+    idle = {"idle: host is late": 0.0, "idle: communication": 0.0, "idle: other": 0.0}
+    until = None
+    for kernel in ordered:
+        if part_of(kernel.name) == "communication":
+            continue
+        if until is not None and kernel.begin > until:
+            launched = until if kernel.launched is None else min(max(kernel.launched, until), kernel.begin)
+            waited = _overlap(communication, launched, kernel.begin)
+            idle["idle: host is late"] += (launched - until) / 1e3
+            idle["idle: communication"] += waited / 1e3
+            idle["idle: other"] += (kernel.begin - launched - waited) / 1e3
+        until = max(kernel.begin + kernel.duration, until or 0.0)
+    return idle
+
+
+def _overlap(ordered: list[Kernel], begin: float, end: float) -> float:
+    """Microseconds between begin and end in which one of these kernels, ordered by their beginning, ran."""
+    covered, until = 0.0, begin
+    for kernel in ordered:
+        stop = min(kernel.begin + kernel.duration, end)
+        covered += max(0.0, stop - max(kernel.begin, until))
+        until = max(until, stop)
+    return covered
 
 
 def least_work(config: Mamba3Config, cost: Cost, tokens: int) -> dict[str, tuple[float, float]]:
