@@ -31,6 +31,7 @@ class TrainerSection:
     precision: str = "auto"
     """auto: bf16-mixed where the device computes in bfloat16, else 32-true."""
     gradient_clip_norm: float = 1.0
+    """Largest norm of the whole gradient; inf: any."""
     activation_checkpointing: str = "none"
     """none; selective: layers keep matrix products, scan and attention, and compute the rest again; full: their input
     alone."""

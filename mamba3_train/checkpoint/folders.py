@@ -72,7 +72,12 @@ def publish(folder: Path, shards: Mapping[str, dict], documents: Mapping[str, st
 
 def published(checkpoints: Path) -> list[Path]:
     """All published checkpoints, oldest first."""
-    return sorted(path for path in checkpoints.glob("step-*") if (path / MANIFEST).exists())
+    return [path for path in _named(checkpoints) if (path / MANIFEST).exists()]
+
+
+def _named(checkpoints: Path) -> list[Path]:
+    """All that bear a step's name, oldest first; one without a manifest has lost it."""
+    return sorted(path for path in checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal())
 
 
 def newest_whole(checkpoints: Path, before_step: int | None = None) -> Path | None:
@@ -82,7 +87,7 @@ def newest_whole(checkpoints: Path, before_step: int | None = None) -> Path | No
     Raises:
         UserError: there are checkpoints and all are damaged: starting afresh would write over what is left of the run.
     """
-    found = [path for path in published(checkpoints) if before_step is None or step_of(path) < before_step]
+    found = [path for path in _named(checkpoints) if before_step is None or step_of(path) < before_step]
     for folder in reversed(found):
         reason = complaint(folder)
         if reason is None:
@@ -94,7 +99,7 @@ def newest_whole(checkpoints: Path, before_step: int | None = None) -> Path | No
 
 
 def complaint(folder: Path) -> str | None:
-    """Why a checkpoint must not be used (a missing, short or altered file), or None when it is whole."""
+    """Why a checkpoint must not be used (a missing, unreadable, short or altered file), or None when it is whole."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError):
@@ -103,11 +108,14 @@ def complaint(folder: Path) -> str | None:
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                return f"{name} has changed since it was written"
+        try:
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
@@ -116,13 +124,18 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text())
 
 
-def prune(checkpoints: Path, saved: Path, keep_last: int, keep_every_n_steps: int = 0) -> None:
+def prune(
+    checkpoints: Path, saved: Path, keep_last: int, keep_every_n_steps: int = 0, way_back: int | None = None
+) -> None:
     """Delete all but the newest `keep_last` checkpoints up to the one just saved, and every n-th step's (0: none).
 
-    Later ones are damaged, or the run would have gone on from them: they do not count, and are written again in time.
+    The newest one up to the step `way_back` stays, too. Those later than the one just saved are damaged, or the run
+    would have gone on from them: they do not count, and are written again in time.
     """
-    for folder in [path for path in published(checkpoints) if path.name <= saved.name][:-keep_last]:
-        if not keep_every_n_steps or step_of(folder) % keep_every_n_steps:
+    found = [path for path in published(checkpoints) if path.name <= saved.name]
+    spared = [path for path in found if way_back is not None and step_of(path) <= way_back][-1:]
+    for folder in found[:-keep_last]:
+        if folder not in spared and (not keep_every_n_steps or step_of(folder) % keep_every_n_steps):
             _delete(folder)
 
 

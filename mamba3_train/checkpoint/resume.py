@@ -13,7 +13,8 @@ from mamba3_train.errors import UserError
 # What makes a run the run it is. The rest (steps, schedule, strategy, logging, …) may change between its parts.
 IDENTITY = (
     *("model", "optimizer", "run.seed", "init_from"),
-    *(f"data.{key}" for key in ("path", "seed", "packing", "mixture", "sequence_length", "global_batch_size")),
+    *(f"data.{key}" for key in ("path", "seed", "packing", "mixture", "shuffle_shards")),
+    *(f"data.{key}" for key in ("sequence_length", "global_batch_size")),
     *(f"data.{key}" for key in ("task", "shortest", "longest", "curriculum_steps")),
 )
 
@@ -24,10 +25,12 @@ SUBMISSION = "slurm"
 def open_run_folder(config: DictConfig, documents: Mapping[str, str] = MappingProxyType({})) -> Path | None:
     """Make config.run.dir ready and return the checkpoint to continue from, None for a new run.
 
-    Once the folder is accepted, writes the resolved config as config.yaml, and other documents by their names.
+    Once the folder is accepted, writes the resolved config as config.yaml, and other documents by their names, which
+    tell what data the run began with.
 
     Raises:
-        UserError: the folder belongs to a run of another config, is in use and resume=never, or cannot be written.
+        UserError: the folder belongs to a run of another config or of other data, is in use and resume=never, or cannot
+            be written.
     """
     folder = Path(config.run.dir)
     saved = folder / folders.CONFIG
@@ -37,6 +40,7 @@ def open_run_folder(config: DictConfig, documents: Mapping[str, str] = MappingPr
         if not saved.exists():
             raise UserError(f"{folder} is not empty and holds no run: choose another run.name or run.dir")
         _refuse_another_run(folder, OmegaConf.load(saved), config)
+        _refuse_other_data(folder, documents)
     checkpoint = folders.newest_whole(folder / "checkpoints")
     folders.remove_leftovers(folder / "checkpoints")
     try:
@@ -69,6 +73,15 @@ def _refuse_another_run(folder: Path, before: DictConfig, now: DictConfig) -> No
         raise UserError(
             f"{folder} holds a run of another config: {', '.join(changed)}; choose another run.name, or change it back"
         )
+
+
+def _refuse_other_data(folder: Path, documents: Mapping[str, str]) -> None:
+    for name, text in documents.items():
+        if (folder / name).exists() and (folder / name).read_text() != text:
+            raise UserError(
+                f"{folder} holds a run of other data: {folder / name} is not what data.path has now; bring back the "
+                "corpus that the run began with, or choose another run.name"
+            )
 
 
 def flat(node, key: str) -> dict[str, object]:

@@ -31,14 +31,23 @@ class Saver:
         asynchronous: let training go on meanwhile.
         keep_last: how many stay.
         keep_every_n_steps: steps whose checkpoints stay besides; 0 is none.
+        group: the processes that save together, a group over the CPU that nobody else talks in; None: this one alone.
     """
 
-    def __init__(self, checkpoints: Path, *, asynchronous: bool, keep_last: int, keep_every_n_steps: int = 0):
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        asynchronous: bool,
+        keep_last: int,
+        keep_every_n_steps: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ):
         self.checkpoints, self.asynchronous = checkpoints, asynchronous
         self.keep_last, self.keep_every_n_steps = keep_last, keep_every_n_steps
         self.seconds_waited = self.seconds_written = 0.0
         """Of the last save: how long `start` and `wait_until_copied` held training up, and how long all of it took."""
-        self._ranks = _Ranks()
+        self._ranks = _Ranks(group)
         self._stager = Stager(self._ranks.exchange)
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
@@ -51,15 +60,18 @@ class Saver:
         """Agree on who writes what and allocate memory for it, once; else the first `start` does, and takes longer."""
         self._stager.begin(tensors)
 
-    def start(self, step: int, tensors: Mapping[str, Tensor], documents: Mapping[str, str]) -> None:
+    def start(
+        self, step: int, tensors: Mapping[str, Tensor], documents: Mapping[str, str], way_back: int | None = None
+    ) -> None:
         """Begin to save a step: tensors by name, and the contents of the other files by theirs.
 
-        The tensors must not change before `wait_until_copied` or `wait`; the save before must have been waited for.
+        Of older checkpoints the newest up to the step `way_back` stays, however many there are. The tensors must not
+        change before `wait_until_copied` or `wait`; the save before must have been waited for.
         """
         begin = time.perf_counter()
         self._error, self.may_change = None, False
         self._copied.clear()
-        arguments = (folders.step_folder(self.checkpoints, step), self._stager.begin(tensors), documents)
+        arguments = (folders.step_folder(self.checkpoints, step), self._stager.begin(tensors), documents, way_back)
         if self.asynchronous:
             # A daemon: a process that dies of an error must not hang in a save that the other ranks have left.
             self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
@@ -94,7 +106,9 @@ class Saver:
         if self._error is not None:
             raise self._error
 
-    def _save(self, folder: Path, copy: Callable[[], list[Piece]], documents: Mapping[str, str]) -> None:
+    def _save(
+        self, folder: Path, copy: Callable[[], list[Piece]], documents: Mapping[str, str], way_back: int | None
+    ) -> None:
         begin = time.perf_counter()
         pieces, problem = _attempt(copy)
         self._copied.set()
@@ -103,16 +117,16 @@ class Saver:
             shards = self._ranks.all(lambda: _write(folder, pieces, self._ranks) if problem is None else _fail(problem))
             self._ranks.first(lambda: folders.publish(folder, shards, documents))
             if self._ranks.rank == 0:
-                self._prune(folder)
+                self._prune(folder, way_back)
         except Exception as error:  # told by wait()
             self._error = error
             if self._ranks.rank == 0:
                 shutil.rmtree(folders.unfinished(folder), ignore_errors=True)
         self.seconds_written = time.perf_counter() - begin
 
-    def _prune(self, saved: Path) -> None:
+    def _prune(self, saved: Path, way_back: int | None) -> None:
         try:
-            folders.prune(self.checkpoints, saved, self.keep_last, self.keep_every_n_steps)
+            folders.prune(self.checkpoints, saved, self.keep_last, self.keep_every_n_steps, way_back)
         except OSError as error:
             log.warning("an old checkpoint could not be deleted: %s", error)
 
@@ -127,8 +141,8 @@ def _write(folder: Path, pieces: list[Piece], ranks: "_Ranks") -> dict[str, dict
 class _Ranks:
     """The processes that save, talking over the CPU in a group of their own, or the only one there is."""
 
-    def __init__(self):
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    def __init__(self, group: dist.ProcessGroup | None):
+        self._group = group
         self.rank = dist.get_rank() if self._group else 0
         self.count = dist.get_world_size() if self._group else 1
 

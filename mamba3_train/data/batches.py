@@ -71,7 +71,8 @@ class TrainingBatches(Dataset):
         if self.mixture is None:
             return {name: position / rows.count for name, rows in self.sources.items()}
         consumed = self.mixture.consumed(position)
-        return {name: consumed[name] / rows.count for name, rows in self.sources.items()}
+        # A source without a whole row may be there as long as no row of it is wanted.
+        return {name: consumed[name] / max(rows.count, 1) for name, rows in self.sources.items()}
 
 
 class ValidationBatches(Dataset):

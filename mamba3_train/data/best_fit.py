@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mamba3_train.data.corpus_files import LocalFiles, StoredFile
+from mamba3_train.data.folder_lock import locked
 from mamba3_train.data.packing import Rows
 from mamba3_train.data.shard_writer import publish
 from mamba3_train.data.token_shards import Manifest, Shard, TokenSplit, groups
@@ -87,22 +88,32 @@ def _plan_name(shard: Shard, length: int) -> str:
 def write_plans(folder: Path, manifest: Manifest, length: int) -> None:
     """Plan every shard that has no plan yet, in parallel; a plan names the shard content it was made for.
 
+    Runs that begin together wait for the first of them: what one has begun to read must not be written again.
+
     Raises:
         UserError: the folder cannot be written to.
     """
     index_path = folder / plans_name(length)
-    index = json.loads(index_path.read_text()) if index_path.is_file() else {}
-    missing = [s for s in manifest.shards() if index.get(s.name, {}).get("offsets_sha256") != s.offsets_sha256]
-    if not missing:
+    if not _unplanned(index_path, manifest)[1]:
         return
     try:
         index_path.parent.mkdir(exist_ok=True)
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork")) as executor:
-            entries = list(executor.map(_write_plan, *zip(*((folder, s, length) for s in missing), strict=True)))
+        with locked(index_path.parent, f"plans rows of {folder}"):
+            index, missing = _unplanned(index_path, manifest)
+            if not missing:
+                return
+            with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork")) as executor:
+                entries = list(executor.map(_write_plan, *zip(*((folder, s, length) for s in missing), strict=True)))
+            index |= {shard.name: entry for shard, entry in zip(missing, entries, strict=True)}
+            publish(index_path, json.dumps(index, indent=1).encode())
     except PermissionError as error:
         raise UserError(f"data.packing=best_fit keeps its plan in {index_path.parent}, which is read-only") from error
-    index |= {shard.name: entry for shard, entry in zip(missing, entries, strict=True)}
-    publish(index_path, json.dumps(index, indent=1).encode())
+
+
+def _unplanned(index_path: Path, manifest: Manifest) -> tuple[dict, list[Shard]]:
+    """The index of plans, and the shards that it has no plan for."""
+    index = json.loads(index_path.read_text()) if index_path.is_file() else {}
+    return index, [s for s in manifest.shards() if index.get(s.name, {}).get("offsets_sha256") != s.offsets_sha256]
 
 
 def _write_plan(folder: Path, shard: Shard, length: int) -> dict:

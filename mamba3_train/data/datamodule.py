@@ -1,5 +1,6 @@
 """Data modules: what each rank needs for each optimizer step, and here from prepared token shards."""
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,10 @@ from mamba3_train.errors import UserError
 from mamba3_train.lean_lightning import lightning
 
 PACKINGS = ("cut", "best_fit")
+
+
+CORPUS = "corpus.json"
+"""What tells a run's corpus from another, in the run folder."""
 
 
 class BatchDataModule(lightning.LightningDataModule):
@@ -118,7 +123,7 @@ class BatchDataModule(lightning.LightningDataModule):
         return self.trainer.world_size if self.trainer is not None else 1
 
     def documents(self) -> dict[str, str]:
-        """Contents by file name of what a run folder holds of the tokenizer, where there is one."""
+        """Contents by file name of what a run folder keeps of its data: the tokenizer, and what tells a corpus."""
         return {}
 
     def check_tokenizer(self, folder: Path) -> None:
@@ -302,8 +307,8 @@ class TokenDataModule(BatchDataModule):
         return unpack(batch)
 
     def documents(self) -> dict[str, str]:
-        """See `Tokenizer.documents`."""
-        return self.tokenizer.documents()
+        """Those of the tokenizer, see `Tokenizer.documents`, and the corpus's fingerprint."""
+        return {**self.tokenizer.documents(), CORPUS: json.dumps({"sha256": self.manifest.fingerprint}) + "\n"}
 
     def epochs(self, samples_consumed: int) -> dict[str, float]:
         """How often each source has been read through, fractions included, after so many samples."""

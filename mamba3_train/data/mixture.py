@@ -30,7 +30,7 @@ def read_stages(mixture, sequence_length: int) -> list[Stage]:
     if isinstance(mixture, Mapping):
         mixture = [{"weights": mixture}]
     try:
-        tokens = [stage.get("from_tokens", 0) for stage in mixture]
+        tokens = [_whole(stage.get("from_tokens", 0)) for stage in mixture]
         stages = [Stage(-(-n // sequence_length), dict(s["weights"])) for n, s in zip(tokens, mixture, strict=True)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
@@ -39,6 +39,13 @@ def read_stages(mixture, sequence_length: int) -> list[Stage]:
     if not tokens or tokens[0] != 0 or any(a >= b for a, b in pairwise(tokens)):
         raise UserError(f"data.mixture: from_tokens must begin at 0 and rise, got {tokens}")
     return stages
+
+
+def _whole(tokens: float) -> int:
+    """A number of tokens, which may be written 9e10."""
+    if tokens != int(tokens):
+        raise ValueError(tokens)
+    return int(tokens)
 
 
 class Mixture:

@@ -2,13 +2,11 @@
 
 import difflib
 import errno
-import fcntl
 import os
 import re
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -23,6 +21,7 @@ from mamba3_train.data.corpus_writer import (
     saved_tokenizer,
     start_over,
 )
+from mamba3_train.data.folder_lock import locked
 from mamba3_train.data.preparation_progress import preparation_progress
 from mamba3_train.data.text_sources import TextSource
 from mamba3_train.data.token_shards import Manifest, read_manifest
@@ -146,7 +145,7 @@ class Preparation:
         folder = Path(output)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            with locked(folder, f"prepares {folder}"):
                 return self._run(folder)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -258,16 +257,3 @@ def _first_bytes(documents: Iterator[str], limit: int) -> Iterator[str]:
             return
         consumed += len(text)
         yield text
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time prepare a folder; the lock goes with the process, however it ends."""
-    with open(folder / ".lock", "w") as file:
-        try:
-            # Unlike flock, such a lock is not shared with forked workers.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"waiting for another process that prepares {folder}")
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield

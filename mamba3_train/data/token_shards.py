@@ -5,10 +5,11 @@ A folder holds, for every shard, `NAME.bin` (tokens, flat little-endian uint16 o
 Files are written in a temporary folder and moved here; the manifest comes last, so a folder with a manifest is whole.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,6 +58,12 @@ class Manifest:
     tokenizer_fingerprint: str
     splits: dict[str, tuple[Shard, ...]]
     preparation: dict
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides what every row holds: the shards' contents, in order, and the tokenizer."""
+        shards = [(split, *astuple(shard)) for split, of_split in self.splits.items() for shard in of_split]
+        return hashlib.sha256(json.dumps([shards, self.tokenizer_fingerprint]).encode()).hexdigest()
 
     def tokens(self, split: str) -> int:
         """Tokens of a split, over all shards."""

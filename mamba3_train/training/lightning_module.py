@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mamba3_train.checkpoint.starting_weights import StartingWeights
+from mamba3_train.errors import UserError
 from mamba3_train.model import Mamba3Config, Mamba3LM, initialize
 from mamba3_train.model.recurrent_state import RecurrentState
 from mamba3_train.training.activation_checkpointing import check_choice, recompute_activations
@@ -45,6 +46,9 @@ class PretrainingModule(lightning.LightningModule):
         compile: compile the layers.
         start: trained weights to begin with instead of drawn ones.
         guard: decides which steps are skipped besides those whose loss or gradient is not finite; None: none.
+
+    Raises:
+        UserError: gradient_clip_norm is not above 0, or segments that the model or the rows do not have.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class PretrainingModule(lightning.LightningModule):
         guard: StepGuard | None = None,
     ):
         super().__init__()
+        if not gradient_clip_norm > 0:
+            raise UserError(f"trainer.gradient_clip_norm={gradient_clip_norm:g} must be above 0; inf clips nothing")
         check_segments(segment_length, config)
         self.automatic_optimization = False
         self.config, self.kernels, self.keep, self.seed = config, kernels, keep, seed
@@ -108,8 +114,8 @@ class PretrainingModule(lightning.LightningModule):
         optimizer = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = self.schedule(self.global_step)
-        # The mean of the ranks' counts, because gradients too are averaged over ranks.
-        targets = mean_over_ranks(count_targets(batch["labels"]).float()).clamp(min=1)
+        # The mean of the ranks' counts, because gradients too are averaged over ranks; of one target it is a fraction.
+        targets = mean_over_ranks(count_targets(batch["labels"]).float()).clamp(min=1 / self.trainer.world_size)
         loss = torch.zeros_like(targets)
         passes, state = list(self._passes(batch)), None
         for number, segment in enumerate(passes, start=1):

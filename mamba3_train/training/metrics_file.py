@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from mamba3_train.errors import UserError
 from mamba3_train.evaluation.metrics import read_metrics
 
 log = logging.getLogger(__name__)
@@ -20,13 +21,19 @@ class MetricsFile(Logger):
     Args:
         path: the file.
         from_step: rows after this step are dropped at the start: a resumed run writes them again.
+
+    Raises:
+        UserError: storage refuses that.
     """
 
     def __init__(self, path: Path, from_step: int = 0):
         super().__init__()
         self.path = path
         self._waiting: list[str] = []
-        self._drop_rows_after(from_step)
+        try:
+            self._drop_rows_after(from_step)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}; free some space, or repair it") from error
 
     @property
     def name(self) -> str:

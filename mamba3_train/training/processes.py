@@ -16,7 +16,7 @@ from mamba3_train.errors import UserError
 from mamba3_train.training.stop_signals import STOPPED, StopSignals, exit_code
 
 # The shortest time after which a rank gives up waiting for the others: longer than a cold compilation takes.
-TIMEOUT = datetime.timedelta(minutes=20)
+TIMEOUT = _timeout = datetime.timedelta(minutes=20)
 PATIENCE = 3
 """How many times `trainer.watchdog_seconds` a process may spend on what is done once, or waits for storage."""
 
@@ -153,9 +153,15 @@ def join(on_gpu: bool, watchdog_seconds: float = 0.0) -> None:
     if on_gpu:
         # NCCL talks through the current device, which would be the first one for every rank.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = max(TIMEOUT, datetime.timedelta(seconds=PATIENCE * watchdog_seconds + 60))
+    global _timeout
+    _timeout = max(TIMEOUT, datetime.timedelta(seconds=PATIENCE * watchdog_seconds + 60))
     # Gloo beside NCCL, for what lies in host memory: offloaded shards, checkpoints on their way to the disk.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_timeout)
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """A new group of all processes that talks over the CPU, as patient as theirs; None where there is one alone."""
+    return dist.new_group(backend="gloo", timeout=_timeout) if dist.is_initialized() else None
 
 
 def decided_by_rank_zero(decide: Callable[[], Any]) -> Any:
@@ -179,7 +185,7 @@ class SharedFlag:
 
     def __init__(self):
         # Gloo exchanges it between hosts; the training group's all-reduce would queue behind the GPU's work.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = cpu_group()
 
     def largest(self, value: int) -> int:
         """Largest value of any rank."""

@@ -160,7 +160,7 @@ tensors = {
     "thin": distribute_tensor(whole[:1], mesh, [Shard(0)]),  # rank 1 holds nothing of it
     "replicated": torch.ones(6), "also replicated": torch.zeros(6), f"random.{rank}": torch.full((2,), rank),
 }
-saving = Saver(checkpoints, asynchronous=True, keep_last=1)
+saving = Saver(checkpoints, asynchronous=True, keep_last=1, group=dist.new_group(backend="gloo"))
 saving.start(1, tensors, DOCUMENTS)
 saving.wait()
 

@@ -1,12 +1,16 @@
 """Best-fit packing: every document once, whole where it fits a row, and no target lost or taken across documents."""
 
+import json
 import shutil
+import time
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
 
 from mamba3_train.data import TokenDataModule
 from mamba3_train.data.best_fit import BestFitRows, plan_shard, write_plans
+from mamba3_train.data.folder_lock import locked
 from mamba3_train.data.packing import IGNORED_LABEL, pack, unpack
 from mamba3_train.data.token_shards import TokenSplit, read_manifest
 from mamba3_train.errors import UserError
@@ -94,6 +98,28 @@ def test_the_data_module_plans_once_and_shuffles(packed):
     assert np.array_equal(inputs, again)
     assert validation > 1
     assert plans == {path: path.stat().st_mtime_ns for path in plans}
+
+
+def test_runs_that_begin_together_plan_once(packed):
+    """The second one waits, finds the first one's plans, and writes none of them again."""
+    index = packed / "best_fit-128" / "plans.json"
+    (packed / "best_fit-128").rename(packed / "planned")
+    planned = json.loads((packed / "planned" / "plans.json").read_text())
+    (packed / "best_fit-128").mkdir()
+    forked = get_context("fork")
+    with locked(index.parent, "plans"):
+        second = forked.Process(target=write_plans, args=(packed, read_manifest(packed), 128))
+        second.start()
+        time.sleep(0.5)
+        assert not any(index.parent.glob("*.npy"))
+        for file in (packed / "planned").glob("*.npy"):
+            file.rename(index.parent / file.name)
+        index.write_text(json.dumps(planned))
+        times = {path: path.stat().st_mtime_ns for path in index.parent.glob("*.npy")}
+    second.join(timeout=60)
+    assert second.exitcode == 0
+    assert times
+    assert {path: path.stat().st_mtime_ns for path in index.parent.glob("*.npy")} == times
 
 
 def test_unknown_packing():

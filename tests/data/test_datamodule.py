@@ -167,6 +167,29 @@ def test_mixture_changes_at_a_token_count(two_sources):
     assert data.epochs(96)["lower"] > 0
 
 
+def test_a_source_without_a_whole_row_may_be_there_unused(tmp_path, make_documents):
+    make_documents(tmp_path / "long.jsonl", 100)
+    (tmp_path / "short.jsonl").write_text('{"text": "x"}\n')
+    sources = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("long", "short")}
+    Preparation(sources=sources, tokenizer={"train": {"vocab_size": 300}}, validation_fraction=0, workers=1).run(
+        tmp_path / "shards"
+    )
+    data = module(tmp_path / "shards", mixture={"long": 1})
+    assert data.epochs(16)["short"] == 0
+    assert data.epochs(16)["long"] > 0
+
+
+def test_another_source_leaves_the_order_of_the_first_as_it_was(two_sources):
+    def rows(mixture):
+        data = module(two_sources, mixture=mixture)
+        number = data.training.mixture.sources.index("lower")
+        chosen, indices = data.training.mixture.assign(range(64))
+        return data.training._orders["lower"].rows_at(indices[chosen == number]).tolist()
+
+    alone, joined = rows({"lower": 1}), rows({"upper": 1, "lower": 1})
+    assert joined == alone[: len(joined)]
+
+
 def test_unknown_source_in_a_mixture(two_sources):
     with pytest.raises(UserError, match=r"source middle; the corpus has: upper, lower"):
         module(two_sources, mixture={"middle": 1})

@@ -43,6 +43,9 @@ def test_a_trillion_samples_by_arithmetic():
 def test_a_stage_begins_with_the_first_row_after_its_token():
     stages = read_stages([{"weights": {"a": 1}}, {"from_tokens": 1000, "weights": {"b": 1}}], 256)
     assert [stage.begin for stage in stages] == [0, 4]
+    (_, late) = read_stages([{"weights": {"a": 1}}, {"from_tokens": 9e4, "weights": {"b": 1}}], 9)
+    assert isinstance(late.begin, int)
+    assert late.begin == 10_000
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,7 @@ def test_a_stage_begins_with_the_first_row_after_its_token():
         ([{"from_tokens": 5, "weights": {"a": 1}}], ["begin at 0"]),
         ([{"weights": {"a": 1}}, {"weights": {"b": 1}}], ["rise"]),
         ("a", ["from_tokens"]),
+        ([{"weights": {"a": 1}}, {"from_tokens": 0.5, "weights": {"b": 1}}], ["from_tokens"]),
         ([{"weight": {"a": 1}}], ["from_tokens"]),
     ],
 )

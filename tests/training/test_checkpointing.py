@@ -11,11 +11,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mamba3_train.checkpoint import folders, saver
+from mamba3_train.checkpoint.random_state import random_tensors, set_random_tensors
 from mamba3_train.data.sampler import StepSampler
 from mamba3_train.errors import UserError
 from mamba3_train.training.callbacks import Checkpointing
 from mamba3_train.training.data_cursor import DataCursor
 from mamba3_train.training.step_guard import StepGuard
+from tests.checkpoint.small_training import save
 
 
 class Dropping(lightning.LightningModule):
@@ -117,6 +119,20 @@ def test_on_another_number_of_processes_random_numbers_start_anew_and_it_says_so
         draws.append(torch.rand(1).item())
     assert draws[0] == draws[2] != draws[1]
     assert "random numbers start anew: 2 processes saved, 1 go on" in caplog.text
+
+
+def test_a_run_that_began_without_a_gpu_goes_on_with_one(tmp_path, monkeypatch):
+    save(tmp_path, 4, tensors=random_tensors(0))
+    state = {"step": 4, "world_size": 1}
+    generators = random_tensors(0) | {"random.00000.cuda": torch.zeros(16, dtype=torch.uint8)}
+    monkeypatch.setattr("mamba3_train.training.callbacks.checkpointing.random_tensors", lambda rank: dict(generators))
+    callback, trainer = checkpointing(tmp_path), SimpleNamespace(world_size=1, global_rank=0)
+    expected = torch.rand(1)  # of what was saved
+    torch.manual_seed(99)
+    callback._load_random_state(tmp_path / "step-00000004", state, trainer, SimpleNamespace(seed=3))
+    assert "random.00000.cuda" not in callback._random_state
+    set_random_tensors(callback._random_state)
+    assert torch.equal(torch.rand(1), expected)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -171,6 +171,16 @@ def test_interrupted_before_and_after_a_roll_back_it_ends_the_same(tmp_path, fol
     assert_same(tmp_path, folder / "single")
 
 
+@pytest.mark.parametrize("keep_last", [2, 9])
+def test_saves_among_spikes_leave_the_way_back(keep_last, tmp_path, quickstart_corpus):
+    """Four steps are skipped and saved before the row that tells of them, where two in a row are too many."""
+    late = ["trainer.log_every_n_steps=8", f"checkpoint.keep_last={keep_last}"]
+    spikes = dict.fromkeys(range(4, 8), ("spike", None))
+    code, history = train(tmp_path, quickstart_corpus, *ALONE, *ROLL_BACK, *late, faults=spikes)
+    assert code == 0
+    assert history[7:10] == [(8, 7, False), (5, 8, True), (6, 9, True)]
+
+
 def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, quickstart_corpus, capsys):
     faults = dict.fromkeys(range(4, 99), ("nan", None))
     code, history = train(tmp_path, quickstart_corpus, *ALONE, "guards.max_nonfinite_in_a_row=3", faults=faults)

@@ -1,8 +1,13 @@
 """Rows survive crashes, and a resumed run leaves none twice."""
 
+import errno
 import json
 import resource
+from pathlib import Path
 
+import pytest
+
+from mamba3_train.errors import UserError
 from mamba3_train.evaluation.metrics import read_metrics
 from mamba3_train.training.hardware import peak_flops
 from mamba3_train.training.metrics_file import MetricsFile
@@ -38,6 +43,18 @@ def test_rows_that_storage_refuses_are_written_later_and_none_is_torn(tmp_path, 
     assert caplog.text.count("its rows wait in memory") == 1
     file.log_metrics({"step": 4})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_rows_that_cannot_be_dropped_end_the_run_in_words(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No space left on device"):
+        MetricsFile(path, from_step=1)
 
 
 def test_an_unknown_gpu_has_no_peak():

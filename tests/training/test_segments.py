@@ -1,14 +1,17 @@
 """Rows in segments: the loss of the whole row, and no document sees another across a segment's edge."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mamba3_train.errors import UserError
+from mamba3_train.kernels import ScanState
 from mamba3_train.model import Mamba3Config, Mamba3LM, MixerConfig, initialize
 from mamba3_train.training.lightning_module import PretrainingModule
 from mamba3_train.training.loss import IGNORED_LABEL, next_token_loss
+from mamba3_train.training.segments import Segment, carried
 
 KINDS = {"siso": MixerConfig(d_state=8, head_dim=8), "mimo": MixerConfig(d_state=8, head_dim=8, rank=2)}
 ROWS, LENGTH, SEGMENT = 3, 24, 8
@@ -109,6 +112,25 @@ def test_attention_is_refused():
         PretrainingModule(
             config, kernels="reference", optimizer=None, schedule=None, seed=0, micro_batch_size=1,
             gradient_clip_norm=1.0, segment_length=8,
+        )  # fmt: skip
+
+
+def test_what_a_document_left_does_not_matter_to_the_next():
+    """Not even where it is not finite."""
+    tokens = torch.zeros(2, 3)
+    segment = Segment(tokens, tokens, tokens, continues=torch.tensor([True, False]), last=True)
+    state = (ScanState(*(torch.tensor([[2.0], [value]]) for value in (math.nan, math.inf, -math.inf))),)
+    (found,) = carried(state, segment)
+    assert all(torch.equal(tensor, torch.tensor([[2.0], [0.0]])) for tensor in found)
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan")])
+def test_a_norm_to_clip_to_must_be_above_zero(norm):
+    config = Mamba3Config(vocab_size=40, d_model=16, n_layers=1, d_mlp=16, mixer=KINDS["siso"])
+    with pytest.raises(UserError, match=r"trainer\.gradient_clip_norm=\S+ must be above 0; inf clips nothing"):
+        PretrainingModule(
+            config, kernels="reference", optimizer=None, schedule=None, seed=0, micro_batch_size=1,
+            gradient_clip_norm=norm,
         )  # fmt: skip
 
 

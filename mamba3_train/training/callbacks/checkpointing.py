@@ -18,7 +18,7 @@ from mamba3_train.checkpoint.random_state import random_tensors, seed_generators
 from mamba3_train.checkpoint.saver import SaveFailed, Saver
 from mamba3_train.errors import UserError
 from mamba3_train.training.data_cursor import DataCursor
-from mamba3_train.training.processes import SharedFlag, decided_by_rank_zero
+from mamba3_train.training.processes import SharedFlag, cpu_group, decided_by_rank_zero
 from mamba3_train.training.step_guard import StepGuard
 from mamba3_train.training.strategies import load_checkpoint, tensors_to_save
 
@@ -90,6 +90,7 @@ class Checkpointing(Callback):
             asynchronous=self.asynchronous,
             keep_last=self.keep_last,
             keep_every_n_steps=self.keep_every_n_steps,
+            group=cpu_group(),
         )
         self._over = SharedFlag()
         if self.resume_from is None:
@@ -187,7 +188,9 @@ class Checkpointing(Callback):
         step = self._writing_step = trainer.global_step
         state = {"step": step, **self.cursor.state(step), "world_size": trainer.world_size}
         documents = {folders.STATE: json.dumps(state, indent=1) + "\n", folders.CONFIG: self.config_yaml}
-        self._saver.start(step, self._tensors(trainer, module), documents)
+        # Where a run may be rolled back, saves among skipped steps must not push out the last one from before them.
+        way_back = step - module.guard.counts().skipped_in_a_row if module.guard.max_rollbacks else None
+        self._saver.start(step, self._tensors(trainer, module), documents, way_back)
 
     def _tensors(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
         training = tensors_to_save(trainer.strategy, module.model, module.optimizers().optimizer)
@@ -223,12 +226,15 @@ class Checkpointing(Callback):
 
     def _load_random_state(self, checkpoint: Path, state: dict, trainer: Trainer, module: LightningModule) -> None:
         before, now = state.get("world_size"), trainer.world_size
+        seed_generators(module.seed, state["step"], trainer.global_rank)
         if before == now:
-            self._random_state = random_tensors(trainer.global_rank)
+            saved = sharded.shapes(checkpoint)
+            wanted = random_tensors(trainer.global_rank)
+            # A run that began without a GPU saved none of its generator's.
+            self._random_state = {name: tensor for name, tensor in wanted.items() if name in saved}
             sharded.load(checkpoint, self._random_state)
             return
         # The saved draws have no counterpart: a rank has other rows now.
-        seed_generators(module.seed, state["step"], trainer.global_rank)
         log.info("random numbers start anew: %s processes saved, %d go on", before, now)
 
 
