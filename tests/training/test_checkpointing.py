@@ -109,6 +109,30 @@ def test_two_resumes_draw_the_same_random_numbers_as_none(tmp_path):
     assert torch.equal(part.model.weight, whole.model.weight)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_roll_back_draws_again_what_followed_the_checkpoint(tmp_path, monkeypatch):
+    drawn, training_step = [], Dropping.training_step
+
+    def noted(module, batch, index):
+        torch_state = torch.get_rng_state()
+        drawn.append((module.trainer.global_step, torch.rand(1).item(), random.random(), np.random.rand()))
+        torch.set_rng_state(torch_state)
+        return training_step(module, batch, index)
+
+    class Back(lightning.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_step == 6 and len(drawn) == 6:
+                callback.roll_back(trainer, module, tmp_path / "step-00000004")
+
+    monkeypatch.setattr(Dropping, "training_step", noted)
+    callback = checkpointing(tmp_path, asynchronous=False)
+    trainer_of = lightning.Trainer
+    monkeypatch.setattr(lightning, "Trainer", lambda callbacks, **k: trainer_of(callbacks=[Back(), *callbacks], **k))
+    train(tmp_path, 8, callback)
+    assert drawn[6:8] == drawn[4:6]
+    assert [step for step, *_ in drawn] == [*range(6), *range(4, 8)]
+
+
 def test_on_another_number_of_processes_random_numbers_start_anew_and_it_says_so(tmp_path, caplog):
     caplog.set_level("INFO", logger="mamba3_train")
     callback = checkpointing(tmp_path)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from fault_runs import ISOLATED, REPEATED, ROLL_BACK, train
 from safetensors.torch import load_file
 from strategy_runs import ALONE, STRATEGIES, free_port
 
+from mamba3_train.checkpoint import saver
 from mamba3_train.data import corpus_files
 from mamba3_train.data.batches import TrainingBatches
 from mamba3_train.training import loggers
@@ -179,6 +181,17 @@ def test_saves_among_spikes_leave_the_way_back(keep_last, tmp_path, quickstart_c
     code, history = train(tmp_path, quickstart_corpus, *ALONE, *ROLL_BACK, *late, faults=spikes)
     assert code == 0
     assert history[7:10] == [(8, 7, False), (5, 8, True), (6, 9, True)]
+
+
+def test_a_roll_back_waits_for_the_checkpoint_that_is_being_written(tmp_path, quickstart_corpus, monkeypatch):
+    """Writing step 4 takes longer than the two spikes after it."""
+    write = saver.write_shard
+    monkeypatch.setattr(saver, "write_shard", lambda *arguments: time.sleep(1.5) or write(*arguments))
+    saves = ["checkpoint.every_n_steps=4", "checkpoint.asynchronous=true", "trainer.log_every_n_steps=1"]
+    spikes = dict.fromkeys((4, 5), ("spike", None))
+    code, history = train(tmp_path, quickstart_corpus, *ALONE, *ROLL_BACK, *saves, faults=spikes)
+    assert code == 0
+    assert history[5:7] == [(6, 5, False), (5, 6, True)]
 
 
 def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, quickstart_corpus, capsys):
