@@ -18,6 +18,9 @@ IDENTITY = (
     *(f"data.{key}" for key in ("task", "shortest", "longest", "curriculum_steps")),
 )
 
+CORPUS = "corpus.json"
+"""A fingerprint of the corpus, in the run folder."""
+
 # Where slurm/submit.py leaves its script, the code and the logs, before the run begins.
 SUBMISSION = "slurm"
 
@@ -25,8 +28,8 @@ SUBMISSION = "slurm"
 def open_run_folder(config: DictConfig, documents: Mapping[str, str] = MappingProxyType({})) -> Path | None:
     """Make config.run.dir ready and return the checkpoint to continue from, None for a new run.
 
-    Once the folder is accepted, writes the resolved config as config.yaml, and other documents by their names, which
-    tell what data the run began with.
+    Once the folder is accepted, writes the resolved config as config.yaml, and other documents by their names; the one
+    named CORPUS must be what it was when the run began.
 
     Raises:
         UserError: the folder belongs to a run of another config or of other data, is in use and resume=never, or cannot
@@ -76,12 +79,12 @@ def _refuse_another_run(folder: Path, before: DictConfig, now: DictConfig) -> No
 
 
 def _refuse_other_data(folder: Path, documents: Mapping[str, str]) -> None:
-    for name, text in documents.items():
-        if (folder / name).exists() and (folder / name).read_text() != text:
-            raise UserError(
-                f"{folder} holds a run of other data: {folder / name} is not what data.path has now; bring back the "
-                "corpus that the run began with, or choose another run.name"
-            )
+    known = folder / CORPUS
+    if CORPUS in documents and known.exists() and known.read_text() != documents[CORPUS]:
+        raise UserError(
+            f"{folder} holds a run of another corpus than data.path has now ({known}): bring back the one that the run "
+            "began with, or choose another run.name"
+        )
 
 
 def flat(node, key: str) -> dict[str, object]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mamba3_train.checkpoint.resume import CORPUS
 from mamba3_train.data.batches import TrainingBatches, ValidationBatches
 from mamba3_train.data.best_fit import BestFitRows, plans_name, write_plans
 from mamba3_train.data.corpus_files import MANIFEST, LocalFiles, RemoteFiles, is_remote
@@ -24,10 +25,6 @@ from mamba3_train.errors import UserError
 from mamba3_train.lean_lightning import lightning
 
 PACKINGS = ("cut", "best_fit")
-
-
-CORPUS = "corpus.json"
-"""What tells a run's corpus from another, in the run folder."""
 
 
 class BatchDataModule(lightning.LightningDataModule):
@@ -123,7 +120,7 @@ class BatchDataModule(lightning.LightningDataModule):
         return self.trainer.world_size if self.trainer is not None else 1
 
     def documents(self) -> dict[str, str]:
-        """Contents by file name of what a run folder keeps of its data: the tokenizer, and what tells a corpus."""
+        """Contents by file name of what a run folder keeps of its data: the tokenizer, and which corpus it is."""
         return {}
 
     def check_tokenizer(self, folder: Path) -> None:

@@ -34,12 +34,17 @@ def test_what_does_not_may(change, config):
     open_run_folder(config(change), DATA)
 
 
-@pytest.mark.parametrize("name", DATA)
-def test_another_corpus_at_the_same_path_is_refused_and_nothing_touched(name, config, tmp_path):
+def test_another_corpus_at_the_same_path_is_refused_and_nothing_touched(config, tmp_path):
     open_run_folder(config(), DATA)
-    with pytest.raises(UserError, match=rf"holds a run of other data: .*{name} is not what data.path has now"):
-        open_run_folder(config(), DATA | {name: "other"})
+    with pytest.raises(UserError, match=r"holds a run of another corpus than data.path has now \(.*corpus.json\)"):
+        open_run_folder(config(), dict.fromkeys(DATA, "other"))
     assert {name: (tmp_path / "run" / name).read_text() for name in DATA} == DATA
+
+
+def test_the_tokenizer_may_be_written_otherwise_by_another_version(config, tmp_path):
+    open_run_folder(config(), DATA)
+    open_run_folder(config(), DATA | {"tokenizer.json": "{ }"})
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == "{ }"
 
 
 def test_a_run_from_before_corpora_were_told_apart_goes_on(config, tmp_path):

@@ -1,6 +1,7 @@
 """The data module: the same global batches for every number of ranks and workers, stopped and resumed or not."""
 
 import hashlib
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from hydra.utils import instantiate
 from mamba3_train.config import compose
 from mamba3_train.data import Preparation, TokenDataModule
 from mamba3_train.data.packing import IGNORED_LABEL, pack, unpack
+from mamba3_train.data.token_shards import read_manifest
 from mamba3_train.errors import UserError
 
 
@@ -188,6 +190,19 @@ def test_another_source_leaves_the_order_of_the_first_as_it_was(two_sources):
 
     alone, joined = rows({"lower": 1}), rows({"upper": 1, "lower": 1})
     assert joined == alone[: len(joined)]
+
+
+def test_a_run_folder_is_told_which_corpus_it_is(corpus, two_sources, tmp_path):
+    def told(folder, name="corpus.json"):
+        return module(folder).documents()[name]
+
+    assert told(corpus) == told(shutil.copytree(corpus, tmp_path / "copy"))
+    assert told(corpus) != told(two_sources)
+    other = shutil.copytree(corpus, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizer_fingerprint"] = "another"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert read_manifest(other).fingerprint != read_manifest(corpus).fingerprint
 
 
 def test_unknown_source_in_a_mixture(two_sources):

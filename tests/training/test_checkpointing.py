@@ -14,6 +14,7 @@ from mamba3_train.checkpoint import folders, saver
 from mamba3_train.checkpoint.random_state import random_tensors, set_random_tensors
 from mamba3_train.data.sampler import StepSampler
 from mamba3_train.errors import UserError
+from mamba3_train.training import processes
 from mamba3_train.training.callbacks import Checkpointing
 from mamba3_train.training.data_cursor import DataCursor
 from mamba3_train.training.step_guard import StepGuard
@@ -107,6 +108,24 @@ def test_two_resumes_draw_the_same_random_numbers_as_none(tmp_path):
     assert losses == whole.losses
     assert len(losses) == 12
     assert torch.equal(part.model.weight, whole.model.weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_rank_learns_of_an_outcome_before_all_have_written(tmp_path, monkeypatch):
+    """Else some would try a failed save again and others would not. Here another rank writes until the next save."""
+    monkeypatch.setattr(processes.SharedFlag, "largest", lambda flag, finished: 1)
+    writing, training_step = {}, Dropping.training_step
+
+    def watched(module, batch, index):
+        training_step(module, batch, index)
+        callback._saver._thread and callback._saver._thread.join()
+        writing[module.trainer.global_step] = callback.writing
+
+    monkeypatch.setattr(Dropping, "training_step", watched)
+    callback = checkpointing(tmp_path)
+    train(tmp_path, 9, callback)
+    assert writing == {step: step > 4 for step in range(1, 10)}
+    assert steps(tmp_path) == [4, 8, 9]
 
 
 @pytest.mark.filterwarnings("ignore")
