@@ -14,13 +14,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mamba3_train.command_line import one_of_many
 from mamba3_train.errors import UserError, nearest
 from mamba3_train.schema import ROOTS
 
 PACKAGE = Path(__file__).parent
-MISTAKES = (UserError, HydraException, OmegaConfBaseException)
+MISTAKES = (UserError, HydraException, OmegaConfBaseException, YAMLError)
 
 
 def shipped_folder(name: str) -> Path:
@@ -149,29 +150,47 @@ def explain(error: Exception, config_name: str = "train") -> str:
         return f"{missing.group(1)} is not set: give {missing.group(1)}=VALUE, or a recipe (+recipe=NAME) that sets it"
     unknown = re.search(r"Could not override '([^'@]+)", lines[0])
     if unknown:
-        key = unknown.group(1)
-        return f"unknown key {key}. {nearest(key.rpartition('.')[2], _valid_keys(key, config_name))}"
+        return _unknown(unknown.group(1), config_name)
+    unknown = re.search(r"Key '\S+' (?:not in|is not in struct).*full_key: (\S+)", " ".join(lines))
+    if unknown and "In '" in lines[0]:  # of a yaml file
+        return f"{lines[0].partition(':')[0]}: {_unknown(unknown.group(1), config_name)}"
     key = re.search(r"full_key: (\S+)", " ".join(lines))
     reason = next((line for line in lines[1:] if "full_key" not in line), lines[0]) if len(chain) > 1 else lines[0]
     return f"{key.group(1)}: {reason.strip()}" if key else " ".join(line.strip() for line in lines)
 
 
-def _valid_keys(wrong: str, config_name: str) -> list[str]:
-    """Names that could stand in place of a wrong key: those of its section, composed without the wrong override."""
-    parent = wrong.rpartition(".")[0]
+def _unknown(wrong: str, config_name: str) -> str:
+    """What to say of a key that is none: names that could stand in its place."""
+    node = _without(wrong, config_name)
+    if node is None:
+        return f"unknown key {wrong}"
+    section, name = wrong.rpartition(".")[::2]
+    while section and not OmegaConf.is_config(OmegaConf.select(node, section)):
+        section, name = section.rpartition(".")[::2]
+    places = [f"{key}.{name}" for key, value in node.items() if isinstance(value, DictConfig) and name in value]
+    if not section and places:
+        return f"unknown key {wrong}. Did you mean {' or '.join(places)}?"
+    names = list(OmegaConf.select(node, section) if section else node)
+    if not section:
+        names += [folder.name for folder in shipped_folder("conf").iterdir() if folder.is_dir()]
+    names = list(dict.fromkeys(str(key) for key in names if not str(key).startswith("_")))
+    return f"unknown key {wrong}. {nearest(name, names)}"
+
+
+def _without(wrong: str, config_name: str) -> DictConfig | None:
+    """The config composed without the override of a wrong key, and without a recipe where that is what has it."""
     overrides = [
         o for o in sys.argv[1:] if "=" in o and not o.startswith("-") and o.split("=")[0].lstrip("+~") != wrong
     ]
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(shipped_folder("conf"))):
-            node = hydra.compose(config_name, overrides)
-    except (HydraException, OmegaConfBaseException):
-        return []
-    keys = list(OmegaConf.select(node, parent) or {}) if parent else list(node)
-    if not parent:
-        keys += [folder.name for folder in shipped_folder("conf").iterdir() if folder.is_dir()]
-    return [str(key) for key in keys if not str(key).startswith("_")]
+    plain = [o for o in overrides if not o.startswith("+recipe")]
+    for given in (overrides, plain):
+        GlobalHydra.instance().clear()
+        try:
+            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(shipped_folder("conf"))):
+                return hydra.compose(config_name, given)
+        except (HydraException, OmegaConfBaseException):
+            continue
+    return None
 
 
 def _fail(message: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -10,7 +11,7 @@ from mamba3_train.config import command
 from mamba3_train.errors import UserError
 from mamba3_train.training import process_end
 
-OPENING = ("step", "dtype", "kernels", "tokenizer")
+OPENING = ("step", "dtype", "tokenizer")
 PERPLEXITY, PAPER = "perplexity", "paper"
 DEFAULT_LENGTH = 2048
 
@@ -35,13 +36,17 @@ def main(config: DictConfig) -> None:
     if device.type == "cuda" and processes.started_by_launcher():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     wanted = [name for task in config.tasks for name in (TASKS if task == PAPER else [task]) if name != PERPLEXITY]
-    trained = open_trained_model(config.run, device=str(device), **{key: config[key] for key in OPENING})
+    trained = open_trained_model(
+        config.run, device=str(device), kernels=config.kernels.backend, **{key: config[key] for key in OPENING}
+    )
     console = Console(highlight=False, quiet=processes.rank() != 0)
     parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     console.print(f"{trained.description}: {parameters:,} parameters on {trained.device}", soft_wrap=True)
     results = {"model": trained.description, "step": trained.step, "parameters": parameters, "dtype": config.dtype}
     if PERPLEXITY in config.tasks:
         results[PERPLEXITY] = perplexity_of_sources(config, trained)
+        results["measured_on"] = {"corpus": str(corpus_of(config, trained)), "split": config.split}
+        results["measured_on"] |= {"rows": config.rows, "sequence_length": row_length(config, trained)}
         console.print(perplexity_table(results[PERPLEXITY]))
     if wanted:
         results["tasks"] = harness_results(config, trained, wanted)
@@ -70,6 +75,20 @@ def row_length(config: DictConfig, trained) -> int:
     return data.get("sequence_length", DEFAULT_LENGTH)
 
 
+def corpus_of(config: DictConfig, trained) -> str:
+    """The corpus asked for, or that of training.
+
+    Raises:
+        UserError: there is neither.
+    """
+    corpus = config.corpus
+    if corpus is None and trained.run_config is not None:
+        corpus = trained.run_config.data.get("path")
+    if corpus is None:
+        raise UserError(f"{config.run} names no corpus: give a prepared one by corpus=DIR")
+    return corpus
+
+
 def perplexity_of_sources(config: DictConfig, trained) -> dict[str, dict]:
     """Loss, perplexity and bits per byte of every source of a corpus, and of all together where there are several.
 
@@ -82,11 +101,7 @@ def perplexity_of_sources(config: DictConfig, trained) -> dict[str, dict]:
     from mamba3_train.data.token_shards import read_manifest
     from mamba3_train.evaluation.perplexity import Likelihood, likelihood
 
-    corpus = config.corpus
-    if corpus is None and trained.run_config is not None:
-        corpus = trained.run_config.data.get("path")
-    if corpus is None:
-        raise UserError(f"{config.run} names no corpus: give a prepared one by corpus=DIR")
+    corpus = corpus_of(config, trained)
     manifest = read_manifest(corpus)
     if manifest.tokenizer_fingerprint != trained.tokenizer.fingerprint:
         raise UserError(
@@ -166,12 +181,21 @@ def harness_results(config: DictConfig, trained, tasks: list[str]) -> dict:
     return evaluate_tasks(model, loaded, limit=config.limit)
 
 
+def otherwise(config: DictConfig) -> list[str]:
+    """What was asked for otherwise than by default, for the name of the file: other figures do not take its place."""
+    found = [] if list(config.tasks) == [PERPLEXITY] else list(config.tasks)
+    found += [] if config.split == "validation" else [config.split]
+    found += [] if config.corpus is None else [Path(config.corpus).name]
+    found += [f"{config[key]}-{key}" for key in ("rows", "sequence_length", "limit", "num_fewshot") if config[key]]
+    return [re.sub(r"[^\w.-]+", "-", part) for part in found]
+
+
 def write(results: dict, config: DictConfig, step: int | None, console) -> None:
     """Write the results as JSON, if there is a place for them."""
     folder = Path(config.run)
     path = None if config.output is None else Path(config.output)
     if path is None and (folder / "checkpoints").is_dir():
-        path = folder / f"evaluation-step-{step:08d}.json"
+        path = folder / f"evaluation-step-{step:08d}{'-'.join(['', *otherwise(config)])}.json"
     if path is None:
         console.print("output=FILE writes these results as JSON")
         return

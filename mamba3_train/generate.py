@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from mamba3_train.config import command
 from mamba3_train.errors import UserError
 
-OPENING = ("step", "device", "dtype", "kernels", "tokenizer")
+OPENING = ("step", "device", "dtype", "tokenizer")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -35,7 +35,7 @@ def main(config: DictConfig) -> int:
         "cuda_graph": config.cuda_graph,
         "ssm_dtype": None if config.state_dtype == "auto" else DTYPES[config.state_dtype],
     }
-    trained = open_trained_model(config.run, **{key: config[key] for key in OPENING})
+    trained = open_trained_model(config.run, kernels=config.kernels.backend, **{key: config[key] for key in OPENING})
     console = Console(stderr=True, highlight=False)
     size = sum(parameter.numel() for parameter in trained.model.parameters())
     console.print(f"{trained.description}: {size:,} parameters on {trained.device}", soft_wrap=True)

@@ -46,6 +46,11 @@ def main(config: DictConfig) -> None:
 
 def check(config: DictConfig) -> None:
     """Raise UserError for GPUs that are unknown, uncountable, or too many for the global batch."""
+    for key in ("data.sequence_length", "data.global_batch_size", "trainer.max_steps"):
+        if (value := OmegaConf.select(config, key)) < 1:
+            raise UserError(f"{key}={value} must be at least 1")
+    if config.mfu is not None and not 0 < config.mfu <= 1:
+        raise UserError(f"mfu={config.mfu} must be a share of the peak, above 0 and at most 1")
     if config.gpu not in GPUS:
         raise UserError(f"gpu={config.gpu} is not known: choose one of {', '.join(GPUS)}")
     for key in ("gpus", "gpus_per_node"):

@@ -31,6 +31,8 @@ def main(config: DictConfig) -> None:
         show(config.show, Console(highlight=False), rows=config.rows, sequence_length=config.sequence_length)
         return
     if config.plan is not None:
+        if config.sequence_length < 1:
+            raise UserError(f"sequence_length={config.sequence_length} must be at least 1")
         manifest = read_manifest(config.plan)
         from mamba3_train.data.best_fit import write_plans  # as above
 
@@ -41,6 +43,11 @@ def main(config: DictConfig) -> None:
     preparation = Preparation(**{key: value for key, value in settings.items() if key not in (*MODES, *SHOW_SETTINGS)})
     manifest = preparation.run(config.output)
     print(f"{config.output}: {summary(manifest)}")
+    if preparation.validation_fraction and not manifest.tokens("validation"):
+        print(
+            f"no document fell into the validation split (validation_fraction={preparation.validation_fraction}): "
+            "training will have nothing to validate on; make another corpus with a larger fraction if it should"
+        )
 
 
 def summary(manifest: Manifest) -> str:

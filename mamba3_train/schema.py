@@ -195,7 +195,7 @@ class UseConfig:
     device: str = "auto"
     dtype: str = "auto"
     """Of the matrices: float32, bfloat16, float64; auto: bfloat16 on a GPU, else float32."""
-    kernels: str = "auto"
+    kernels: KernelsSection = field(default_factory=KernelsSection)
 
 
 @dataclass
@@ -303,7 +303,8 @@ class EvaluateConfig(UseConfig):
     include_path: str | None = None
     """Folder with tasks of one's own, in the yaml of lm-evaluation-harness."""
     output: str | None = None
-    """File for the results as JSON; null: evaluation-step-NNNNNNNN.json in the run's folder, if it is a run."""
+    """File for the results as JSON; null: evaluation-step-NNNNNNNN.json in the run's folder, if it is a run; its name
+    also has what is asked for otherwise than by default."""
 
 
 ROOTS = {

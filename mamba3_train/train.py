@@ -3,6 +3,7 @@
 import logging
 import signal
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -18,9 +19,9 @@ log = logging.getLogger(__name__)
 def cli(config: DictConfig) -> int:
     """Train what the config describes, until it is complete or asked to stop; returns the exit code."""
     slurm.adopt_ranks()
-    with StopSignals() as stop:
+    with StopSignals() as stop, ExitStack() as leaving:
         try:
-            return _train(config, stop)
+            return _train(config, stop, leaving)
         except Exception as error:
             if not stop.received or isinstance(error, MISTAKES):
                 raise
@@ -29,11 +30,12 @@ def cli(config: DictConfig) -> int:
             return exit_code(stop.received)
 
 
-def _train(config: DictConfig, stop: StopSignals) -> int:
+def _train(config: DictConfig, stop: StopSignals, leaving: ExitStack) -> int:
     # Heavy imports wait until there is something to do: --help and mistakes in the config answer at once.
     from hydra.utils import instantiate
     from rich.console import Console
 
+    from mamba3_train.checkpoint.resume import leave_run_folder
     from mamba3_train.model.cost import model_cost
     from mamba3_train.training import assembly, processes
     from mamba3_train.training.callbacks import Preempted, Profiling
@@ -45,6 +47,7 @@ def _train(config: DictConfig, stop: StopSignals) -> int:
     console = Console(highlight=False, quiet=processes.rank() != 0)
     folder, max_steps = Path(config.run.dir), config.trainer.max_steps
     # Everything that can be refused is built first: a mistake must leave no trace in the run folder.
+    assembly.check_numbers(config)
     model_config = instantiate(config.model)
     data = instantiate(config.data)
     start = assembly.open_start(config, model_config)
@@ -61,6 +64,7 @@ def _train(config: DictConfig, stop: StopSignals) -> int:
     preemption = assembly.build_preemption(config, checkpointing, stop)
     processes.start_processes(config.trainer.devices, config.trainer.num_nodes, stop)
     processes.join(on_gpu(config.trainer.accelerator), config.trainer.watchdog_seconds)
+    leaving.callback(leave_run_folder)
     checkpoint, step, samples = _make_ready(config, data, start)
     if step >= max_steps and is_reported(folder, step):
         console.print(f"{folder} is complete at step {step}: see {folder}/summary.json, or raise trainer.max_steps")
@@ -78,6 +82,9 @@ def _train(config: DictConfig, stop: StopSignals) -> int:
         f"{cost.total_parameters:,} parameters, {cost.training_flops_per_token / 1e6:,.1f} MFLOP a token, "
         f"{data.tokens_per_step:,} tokens a step"
     )
+
+    if interval and not data.has_validation:
+        console.print(f"nothing is validated: there are no rows for it (validation.every_n_steps={interval})")
 
     loggers = [MetricsFile(metrics, from_step=step), *([logger] if logger else [])]
     watching = assembly.build_callbacks(config, data, cost, checkpointing, preemption, profiling, evaluation, console)
@@ -106,7 +113,7 @@ def _make_ready(config: DictConfig, data, start) -> tuple[Path | None, int, int]
     if start is not None:
         data.check_tokenizer(start.folder)
         processes.decided_by_rank_zero(start.verify)
-    checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config, data.documents()))
+    checkpoint = processes.decided_by_rank_zero(lambda: open_run_folder(config, data.documents(), data.fingerprint))
     state = folders.read_state(checkpoint) if checkpoint else {"step": 0, "samples": 0}
     return checkpoint, state["step"], state["samples"]
 

@@ -10,6 +10,7 @@ from mamba3_train.errors import UserError
 from mamba3_train.kernels.scan import KEEPS
 from mamba3_train.schema import Keep
 from mamba3_train.train import cli
+from mamba3_train.training import assembly
 
 COMMAND = [sys.executable, "-m", "mamba3_train"]
 
@@ -49,6 +50,21 @@ def run(tmp_path, monkeypatch, capfd):
         (["+recipe=quickstart", "kernels.keep=all"], "kernels.keep: "),
         (["+recipe=180m_siso"], "no prepared corpus at data.path=data/fineweb_edu; make it by: python -m"),
         (["trainer.max_steps=1"], "run.name"),
+        (["+recipe=quickstart", "trainerr.max_steps=3"], "unknown key trainerr.max_steps. Did you mean trainer"),
+        (["+recipe=quickstart", "max_steps=3"], "unknown key max_steps. Did you mean trainer.max_steps?"),
+        (["+recipe=quickstart", "trainer.gradient_clip_norm=0"], "trainer.gradient_clip_norm=0 must be above 0"),
+        (["+recipe=quickstart", "optimizer.lr=-1"], "optimizer.lr=-1 must be a number, at least 0"),
+        (["+recipe=quickstart", "optimizer.lr=abc"], "optimizer.lr=abc must be a number, at least 0"),
+        (["+recipe=quickstart", "optimizer.lr=nan"], "optimizer.lr=nan must be a number, at least 0"),
+        (["+recipe=quickstart", "optimizer.eps=-1"], "optimizer.eps=-1 must be"),
+        (["+recipe=quickstart", "optimizer.weight_decay=-1"], "optimizer.weight_decay=-1 must be"),
+        (["+recipe=quickstart", "optimizer.betas=[0.9]"], "optimizer.betas=[0.9] must be two numbers"),
+        (["+recipe=quickstart", "optimizer.betas=[0.9,1.5]"], "optimizer.betas=[0.9, 1.5] must be two numbers"),
+        (["+recipe=quickstart", "run.seed=-1"], "run.seed=-1 must be at least 0"),
+        (["+recipe=quickstart", "trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=0 must be at least 1"),
+        (["+recipe=quickstart", "trainer.watchdog_seconds=-1"], "trainer.watchdog_seconds=-1.0 must be at least 0"),
+        (["+recipe=quickstart", "data.num_workers=-1"], "data.num_workers=-1 must be at least 0"),
+        (["+recipe=quickstart", "strategy=ddp", "trainer.devices=-1"], "trainer.devices=-1 must be at least 1"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -60,6 +76,27 @@ def test_one_clear_line_and_exit_code_2(arguments, complaint, run, tmp_path):
     assert lines[0].startswith("error: ")
     assert complaint in lines[0]
     assert not (tmp_path / "runs").exists()
+
+
+def test_kernels_that_cannot_run_are_refused_beforehand(monkeypatch):
+    config = compose("+recipe=quickstart", "kernels=triton", "trainer.accelerator=cpu")
+    monkeypatch.setattr(assembly, "INTERPRETED", False)
+    with pytest.raises(UserError, match="kernels=triton needs a GPU"):
+        assembly.check_numbers(config)
+    monkeypatch.setattr(assembly, "INTERPRETED", True)
+    assembly.check_numbers(config)
+
+
+def test_a_mistake_in_a_recipe_of_ones_own_is_told_with_what_was_meant(run, tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "own.yaml").write_text("# @package _global_\ntrainer:\n  max_stepss: 3\n")
+    (tmp_path / "recipe" / "broken.yaml").write_text("trainer: [\n")
+    code, _, errors = run(f"--config-dir={tmp_path}", "+recipe=own")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "trainer.max_stepss. Did you mean max_steps" in errors
+    code, _, errors = run(f"--config-dir={tmp_path}", "+recipe=broken")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "broken.yaml" in errors
 
 
 def test_a_mistake_ends_the_process_with_code_2(tmp_path):

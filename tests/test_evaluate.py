@@ -103,6 +103,20 @@ def test_perplexity_of_every_source(trained, corpus, run):
     assert results["perplexity"]["all"]["loss"] == pytest.approx(sums[0] / sums[1], rel=1e-4)
 
 
+def test_other_figures_do_not_take_the_place_of_the_first(trained, run):
+    folder, _ = trained
+    first = folder / "evaluation-step-00000007.json"
+    assert run(f"run={folder}", "kernels=reference")[0] == 0
+    before = first.read_text()
+    assert run(f"run={folder}", "split=train", "rows=1", "sequence_length=16")[0] == 0
+    assert first.read_text() == before
+    assert json.loads(before)["measured_on"]["split"] == "validation"
+    found = json.loads((folder / "evaluation-step-00000007-train-1-rows-16-sequence_length.json").read_text())
+    assert found["measured_on"] == json.loads(before)["measured_on"] | {
+        "split": "train", "rows": 1, "sequence_length": 16,
+    }  # fmt: skip
+
+
 def test_fewer_rows_and_another_length(trained, corpus, run, tmp_path):
     folder, _ = trained
     code, _, _ = run(f"run={folder}", "rows=1", "sequence_length=16", f"output={tmp_path}/deep/results.json")

@@ -137,6 +137,7 @@ def test_an_interrupt_ends_it_without_a_traceback(run, monkeypatch):
         (["prompt=a", "dtype=int8"], "dtype=int8 must be auto or one of"),
         (["prompt=a", "temprature=1"], "unknown key temprature. Did you mean temperature"),
         (["prompt=a", "output=/dev/null/x"], "output=/dev/null/x cannot be written"),
+        (["prompt=a", "kernels=fast"], "no kernels named 'fast'"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(arguments, complaint, run):

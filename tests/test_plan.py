@@ -154,6 +154,10 @@ def test_gpus_that_do_not_fit_are_refused(key, value, complaint):
     [
         ("gpus=24", "data.global_batch_size=256 is not a multiple of gpus=24"),
         ("gpuss=8", "unknown key gpuss. Did you mean gpus"),
+        ("mfu=0", "mfu=0.0 must be a share of the peak"),
+        ("mfu=2", "mfu=2.0 must be a share of the peak"),
+        ("data.sequence_length=0", "data.sequence_length=0 must be at least 1"),
+        ("trainer.max_steps=-5", "trainer.max_steps=-5 must be at least 1"),
     ],
 )
 def test_mistakes_get_one_line(argument, complaint, run):

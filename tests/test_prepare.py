@@ -36,6 +36,14 @@ def test_make_and_verify(command, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
+def test_a_corpus_without_validation_is_said(command, tmp_path):
+    (tmp_path / "text.txt").write_text("State, angle and rank. " * 100)
+    arguments = ("source.path=text.txt", "tokenizer.train.vocab_size=270", "workers=1")
+    said = "no document fell into the validation split (validation_fraction=0.005)"
+    assert said in command("output=out", *arguments)[1]
+    assert said not in command("output=none", *arguments, "validation_fraction=0")[1]
+
+
 def test_show(command, tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
@@ -70,6 +78,9 @@ def test_plan(command, tmp_path):
         ([], ["output=DIR", "verify=DIR"]),
         (["output=out", "verify=out"], ["exactly one"]),
         (["output=out"], ["source.path=PATH"]),
+        (["output=out", "source.path=x", "tokenizer.train.vocab_size=300", "shard_tokens=0"], ["shard_tokens=0 must"]),
+        (["output=out", "source.path=x", "tokenizer.train.vocab_size=300", "workers=-1"], ["workers=-1 must be"]),
+        (["plan=out", "sequence_length=0"], ["sequence_length=0 must be at least 1"]),
         (["verify=nowhere"], ["no prepared corpus at nowhere"]),
         (["show=s3://bucket/corpus"], ["show=s3://bucket/corpus", "folder of this machine"]),
         (["output=out", "source.pth=x"], ["source.pth"]),

@@ -1,6 +1,5 @@
 """Data modules: what each rank needs for each optimizer step, and here from prepared token shards."""
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mamba3_train.checkpoint.resume import CORPUS
 from mamba3_train.data.batches import TrainingBatches, ValidationBatches
 from mamba3_train.data.best_fit import BestFitRows, plans_name, write_plans
 from mamba3_train.data.corpus_files import MANIFEST, LocalFiles, RemoteFiles, is_remote
@@ -55,6 +53,8 @@ class BatchDataModule(lightning.LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"data.{key}={value} must be at least 1")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers={num_workers} must be at least 0")
         self.sequence_length = sequence_length
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -96,6 +96,11 @@ class BatchDataModule(lightning.LightningDataModule):
         batches = self._validation_batches()
         return [] if batches is None else self._loader(batches, sampler=None)
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is anything to validate on."""
+        return self._validation_batches() is not None
+
     def _loader(self, dataset: Dataset, sampler: StepSampler | None) -> DataLoader:
         return DataLoader(
             dataset,
@@ -120,8 +125,13 @@ class BatchDataModule(lightning.LightningDataModule):
         return self.trainer.world_size if self.trainer is not None else 1
 
     def documents(self) -> dict[str, str]:
-        """Contents by file name of what a run folder keeps of its data: the tokenizer, and which corpus it is."""
+        """Contents by file name of what a run folder holds of the tokenizer, where there is one."""
         return {}
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What tells a corpus from any other; None where nothing is read."""
+        return None
 
     def check_tokenizer(self, folder: Path) -> None:
         """Refuse to go on with a model whose folder holds a tokenizer that gives other ids; here there is none."""
@@ -304,8 +314,13 @@ class TokenDataModule(BatchDataModule):
         return unpack(batch)
 
     def documents(self) -> dict[str, str]:
-        """Those of the tokenizer, see `Tokenizer.documents`, and the corpus's fingerprint."""
-        return {**self.tokenizer.documents(), CORPUS: json.dumps({"sha256": self.manifest.fingerprint}) + "\n"}
+        """See `Tokenizer.documents`."""
+        return self.tokenizer.documents()
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Manifest.fingerprint`."""
+        return self.manifest.fingerprint
 
     def epochs(self, samples_consumed: int) -> dict[str, float]:
         """How often each source has been read through, fractions included, after so many samples."""

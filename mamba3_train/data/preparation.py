@@ -116,6 +116,9 @@ class Preparation:
         object.__setattr__(self, "source", None)
         object.__setattr__(self, "sources", sources)
         object.__setattr__(self, "tokenizer", _build(TokenizerChoice, self.tokenizer, "tokenizer"))
+        for key, least in (("shard_tokens", 1), ("workers", 1), ("checkpoint_seconds", 0)):
+            if (value := getattr(self, key)) is not None and value < least:
+                raise UserError(f"{key}={value} must be at least {least}")
         if not 0 <= self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction} must lie in [0, 1)")
 

@@ -1,23 +1,42 @@
 """The parts of a run, made of its config: the one place where config keys meet constructors."""
 
+import os
 from pathlib import Path
 
 import lightning
 from hydra.utils import instantiate
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from mamba3_train.checkpoint import folders
 from mamba3_train.checkpoint.starting_weights import StartingWeights
 from mamba3_train.errors import UserError
 from mamba3_train.training import callbacks, processes, slurm
 from mamba3_train.training.data_cursor import DataCursor
-from mamba3_train.training.hardware import choose_compile
+from mamba3_train.training.hardware import choose_compile, on_gpu
 from mamba3_train.training.lightning_module import PretrainingModule
 from mamba3_train.training.step_guard import StepGuard
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BYTES_A_PARAMETER = 12
 """In a checkpoint: the weight and two moments in float32."""
+
+
+def check_numbers(config: DictConfig) -> None:
+    """Refuse settings that would only fail, or do nothing, when training has begun.
+
+    Raises:
+        UserError: a number below its least, or kernels that cannot run here.
+    """
+    for key, least in (
+        *(("run.seed", 0), ("trainer.devices", 1), ("trainer.num_nodes", 1)),
+        *(("trainer.log_every_n_steps", 1), ("trainer.watchdog_seconds", 0), ("validation.every_n_steps", 0)),
+    ):
+        if (value := OmegaConf.select(config, key)) < least:
+            raise UserError(f"{key}={value} must be at least {least}")
+    if config.kernels.backend == "triton" and not (on_gpu(config.trainer.accelerator) or INTERPRETED):
+        raise UserError("kernels=triton needs a GPU: choose kernels=auto or kernels=reference")
 
 
 def open_start(config: DictConfig, model_config) -> StartingWeights | None:
@@ -33,6 +52,7 @@ def open_start(config: DictConfig, model_config) -> StartingWeights | None:
 
 def build_module(config: DictConfig, model_config, start: StartingWeights | None = None):
     """The Lightning module; its parameters are made when training starts."""
+    instantiate(config.optimizer)(nn.ModuleDict({"norm": nn.Linear(1, 1)}))  # what it refuses, it is to refuse now
     return PretrainingModule(
         model_config,
         kernels=config.kernels.backend,

@@ -1,5 +1,6 @@
 """AdamW with its parameter groups decided by name, large parameters stepped by a kernel of ours."""
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mamba3_train.errors import UserError
 from mamba3_train.model.initialization import is_decayed
 
 LARGE = 2**21
@@ -84,6 +86,10 @@ def _is_large(p: Tensor) -> bool:
     )
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups, decayed and not, holding every trainable parameter exactly once."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -94,5 +100,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def adamw(model: nn.Module, *, lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> AdamW:
-    """AdamW over a model's parameter groups, fused: only that kind can be told on the device to leave a step out."""
+    """AdamW over a model's parameter groups, fused: only that kind can be told on the device to leave a step out.
+
+    Raises:
+        UserError: a setting out of its range.
+    """
+    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    wrong = [key for key, value in numbers.items() if not (_is_number(value) and 0 <= value < math.inf)]
+    if wrong:
+        raise UserError(f"optimizer.{wrong[0]}={numbers[wrong[0]]} must be a number, at least 0")
+    if len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+        raise UserError(f"optimizer.betas={list(betas)} must be two numbers, at least 0 and below 1")
     return AdamW(parameter_groups(model, weight_decay), lr=lr, betas=tuple(betas), eps=eps)

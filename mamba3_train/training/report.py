@@ -41,14 +41,14 @@ def report(
     """
     problems = [failure] if failure else []
     try:
-        _report(config, folder, trainer, module, data, cost, console)
+        _report(config, folder, trainer, module, data, cost, console, failure)
     except OSError as error:
         problems.append(f"the report could not be written: {error}")
     if problems:
         raise UserError("; ".join(problems) + ". Mend the storage and give the same command again")
 
 
-def _report(config, folder, trainer, module, data, cost, console) -> None:
+def _report(config, folder, trainer, module, data, cost, console, failure) -> None:
     rows = read_metrics(folder / "metrics.jsonl")
     if not any("val/loss" in row and row["step"] == trainer.global_step for row in rows):
         trainer.validate(module, datamodule=data, verbose=False)
@@ -66,6 +66,8 @@ def _report(config, folder, trainer, module, data, cost, console) -> None:
         console.print(Panel(Text(sample), title=f"the model continues {config.sample_prompt.strip()!r}"))
     plot_loss(rows, folder / "loss.png", title=f"{folder.name}: {cost.total_parameters:,} parameters")
     summary = newest | {"parameters": cost.total_parameters, "sample": sample}
+    if failure:
+        summary["not_saved"] = failure
     if accuracy:
         summary["scaled_accuracy"] = accuracy
         plot_accuracy({folder.name: [accuracy]}, folder / "accuracy.png", folder.name, data.longest[1])

@@ -192,9 +192,9 @@ def test_another_source_leaves_the_order_of_the_first_as_it_was(two_sources):
     assert joined == alone[: len(joined)]
 
 
-def test_a_run_folder_is_told_which_corpus_it_is(corpus, two_sources, tmp_path):
-    def told(folder, name="corpus.json"):
-        return module(folder).documents()[name]
+def test_a_corpus_is_told_by_its_contents(corpus, two_sources, tmp_path):
+    def told(folder):
+        return module(folder).fingerprint
 
     assert told(corpus) == told(shutil.copytree(corpus, tmp_path / "copy"))
     assert told(corpus) != told(two_sources)
