@@ -21,6 +21,7 @@ from mamba3_train.errors import UserError, nearest
 from mamba3_train.schema import ROOTS
 
 PACKAGE = Path(__file__).parent
+WITH_RECIPES = ("train", "plan", "compare", "sweep")
 MISTAKES = (UserError, HydraException, OmegaConfBaseException, YAMLError)
 
 
@@ -86,7 +87,7 @@ def command(
                     check_keys(config)
                     code = run(config)
             except MISTAKES as error:
-                _fail(explain(error, config_name))
+                _fail(explain(error, config_name, config))
             except SystemExit as stop:
                 code = stop.code  # a process that started others has ended well, which must not end other jobs
             if code:
@@ -133,8 +134,11 @@ def check_keys(config: DictConfig | ListConfig, path: str = "") -> None:
             raise UserError(f"unknown key {path}{key}. {nearest(key, list(parameters))}")
 
 
-def explain(error: Exception, config_name: str = "train") -> str:
-    """One line for a mistake in the command line or a yaml file, with the nearest valid names."""
+def explain(error: Exception, config_name: str = "train", config: DictConfig | None = None) -> str:
+    """One line for a mistake in the command line or a yaml file, with the nearest valid names.
+
+    config: what had been composed when the mistake was found, if that far.
+    """
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -147,7 +151,9 @@ def explain(error: Exception, config_name: str = "train") -> str:
     lines = [line for link in chain for line in str(link).splitlines()]
     missing = re.search(r"Missing mandatory value: (\S+)", " ".join(lines))
     if missing:
-        return f"{missing.group(1)} is not set: give {missing.group(1)}=VALUE, or a recipe (+recipe=NAME) that sets it"
+        missing = missing[1] if config is None else _source_of(missing[1], config)
+        recipe = ", or a recipe (+recipe=NAME) that sets it" if config_name in WITH_RECIPES else ""
+        return f"{missing} is not set: give {missing}=VALUE{recipe}"
     unknown = re.search(r"Could not override '([^'@]+)", lines[0])
     if unknown:
         return _unknown(unknown.group(1), config_name)
@@ -157,6 +163,15 @@ def explain(error: Exception, config_name: str = "train") -> str:
     key = re.search(r"full_key: (\S+)", " ".join(lines))
     reason = next((line for line in lines[1:] if "full_key" not in line), lines[0]) if len(chain) > 1 else lines[0]
     return f"{key.group(1)}: {reason.strip()}" if key else " ".join(line.strip() for line in lines)
+
+
+def _source_of(key: str, config: DictConfig) -> str:
+    """The key that a key takes its value from, or itself."""
+    value = OmegaConf.to_container(config, resolve=False)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    taken = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    return _source_of(taken[1], config) if taken else key
 
 
 def _unknown(wrong: str, config_name: str) -> str:

@@ -83,11 +83,17 @@ def test_plan(command, tmp_path):
         (["plan=out", "sequence_length=0"], ["sequence_length=0 must be at least 1"]),
         (["verify=nowhere"], ["no prepared corpus at nowhere"]),
         (["show=s3://bucket/corpus"], ["show=s3://bucket/corpus", "folder of this machine"]),
+        (["output=out", "source.path=empty.jsonl", "tokenizer.train.vocab_size=300"], ["empty.jsonl", "it is empty"]),
+        (["output=out", "source.path=code", "tokenizer.train.vocab_size=300"], ["code/a.png is no text in UTF-8"]),
         (["output=out", "source.pth=x"], ["source.pth"]),
         (["output=out", "source.path=missing", "tokenizer.train.vocab_size=300"], ["source.path=missing"]),
     ],
 )
 def test_mistakes(command, tmp_path, arguments, words):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.png").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "code" / "a.py").write_text("print(1)")
     code, _, errors = command(*arguments)
     assert code == 2
     assert "Traceback" not in errors

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -128,6 +129,8 @@ def main():
     parser.add_argument("--reference", action="store_true", help="also the PyTorch reference")
     parser.add_argument("--output", help="write everything as JSON")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: there is no GPU here to time kernels on")
     ceilings = measure_ceilings()
     rows = [time_scan(*shape, rank, ceilings) for rank in (1, 4) for shape in SHAPES]
     if arguments.lengths:

@@ -107,7 +107,22 @@ class TextSource:
             raise
         except Exception as error:  # builders, file systems and the hub each raise their own kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, StopIteration | RuntimeError) and "StopIteration" in repr(error):
+                reason = "it is empty"
+            elif isinstance(error, UnicodeDecodeError) and (file := self._not_text()):
+                reason = f"{file} is no text in UTF-8; leave it out by a glob, as source.path='{self.path}/**/*.txt'"
             raise UserError(f"source.path={self.path} cannot be read: {reason}") from error
+
+    def _not_text(self) -> str | None:
+        """The first local file that is not UTF-8."""
+        for file in [] if "://" in self.path else _local_files(self.path):
+            try:
+                with open(file, encoding="utf-8") as text:
+                    while text.read(1 << 20):
+                        pass
+            except UnicodeDecodeError:
+                return file
+        return None
 
     def _load_arguments(self) -> dict:
         files = [self.path] if "://" in self.path else _local_files(self.path)
