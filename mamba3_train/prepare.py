@@ -1,5 +1,6 @@
 """`python -m mamba3_train.prepare`: make, verify or look at a prepared corpus, or plan its best-fit rows."""
 
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,8 +18,17 @@ SHOW_SETTINGS = ("rows", "sequence_length")
 
 
 @command("prepare")
-def main(config: DictConfig) -> None:
-    """Do the one thing that was asked for: `output=DIR`, `verify=DIR`, `show=DIR` or `plan=DIR`."""
+def main(config: DictConfig) -> int:
+    """Do the one thing that was asked for: `output=DIR`, `verify=DIR`, `show=DIR` or `plan=DIR`; the exit code."""
+    try:
+        _do(config)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _do(config: DictConfig) -> None:
     asked = [mode for mode in MODES if config[mode] is not None]
     if len(asked) != 1:
         raise UserError(f"give exactly one of {', '.join(f'{mode}=DIR' for mode in MODES)}")

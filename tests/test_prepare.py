@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from mamba3_train.data.preparation import Preparation
 from mamba3_train.prepare import main
 
 
@@ -42,6 +43,15 @@ def test_a_corpus_without_validation_is_said(command, tmp_path):
     said = "no document fell into the validation split (validation_fraction=0.005)"
     assert said in command("output=out", *arguments)[1]
     assert said not in command("output=none", *arguments, "validation_fraction=0")[1]
+
+
+def test_an_interrupt_ends_it_without_a_traceback(command, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Preparation, "run", interrupted)
+    code, _, errors = command("output=out", "source.path=text.txt", "tokenizer.train.vocab_size=270")
+    assert (code, errors) == (130, "\ninterrupted; the same command goes on\n")
 
 
 def test_show(command, tmp_path):
