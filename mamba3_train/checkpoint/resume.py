@@ -53,20 +53,13 @@ def open_run_folder(
             another process, is in use and resume=never, or cannot be written.
     """
     folder = Path(config.run.dir)
-    saved = folder / folders.CONFIG
     if corpus is not None:
         documents = {**documents, CORPUS: json.dumps({"sha256": corpus}) + "\n"}
-    if folder.is_dir() and any(path.name not in (SUBMISSION, LOCK) for path in folder.iterdir()):
-        if config.resume.name == "never":
-            raise UserError(f"resume=never needs an empty folder, but {folder} is in use: choose another run.name")
-        if not saved.exists():
-            raise UserError(f"{folder} is not empty and holds no run: choose another run.name or run.dir")
-        _refuse_another_run(folder, OmegaConf.load(saved), config)
-        _refuse_other_data(folder, documents)
-        _refuse_lost_checkpoints(folder)
+    _check(folder, config, documents)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _take(folder)
+        _check(folder, config, documents)  # what another process left that had it until now
         checkpoint = folders.newest_whole(folder / "checkpoints")
         folders.remove_leftovers(folder / "checkpoints")
         for name, text in {**documents, folders.CONFIG: OmegaConf.to_yaml(config, resolve=True)}.items():
@@ -74,6 +67,20 @@ def open_run_folder(
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be written: {error}") from error
     return checkpoint
+
+
+def _check(folder: Path, config: DictConfig, documents: Mapping[str, str]) -> None:
+    """Refuse a folder in which this run may not go on, or begin; touches nothing."""
+    saved = folder / folders.CONFIG
+    if not folder.is_dir() or all(path.name in (SUBMISSION, LOCK) for path in folder.iterdir()):
+        return
+    if config.resume.name == "never":
+        raise UserError(f"resume=never needs an empty folder, but {folder} is in use: choose another run.name")
+    if not saved.exists():
+        raise UserError(f"{folder} is not empty and holds no run: choose another run.name or run.dir")
+    _refuse_another_run(folder, OmegaConf.load(saved), config)
+    _refuse_other_data(folder, documents)
+    _refuse_lost_checkpoints(folder)
 
 
 def leave_run_folder() -> None:

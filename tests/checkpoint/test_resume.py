@@ -74,6 +74,15 @@ time.sleep(60)
 """
 
 
+def test_what_another_process_left_meanwhile_is_looked_at(config, tmp_path, monkeypatch):
+    def take(folder):
+        (folder / "config.yaml").write_text("run:\n  seed: 9\n")
+
+    monkeypatch.setattr(resume, "_take", take)
+    with pytest.raises(UserError, match="holds a run of another config"):
+        open_run_folder(config(), **DATA)
+
+
 def test_two_processes_do_not_train_in_one_folder(config, tmp_path, monkeypatch):
     """Until the other one ends, however it does."""
     (tmp_path / "run").mkdir()
