@@ -95,6 +95,7 @@ def open_sweep(config: DictConfig):
         **{key: settings[key] for key in ("trials", "seed", "startup_trials", "prune_after")},
     )
     check_given(config, [dimension.key for dimension in search.dimensions])
+    check_validation(config)
     given = [override for override in given_overrides() if not key_of(override).startswith(OURS)]
     folders = [argument for path in config_dirs() for argument in ("--config-dir", path)]
     command = TrialCommand.of(config, [*folders, *given])
@@ -129,6 +130,25 @@ def check_given(config: DictConfig, keys: list[str]) -> None:
     folder = Path(config.sweep.dir)
     if config.resume.name == "never" and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"resume=never needs an empty folder, but {folder} is in use: choose another sweep.name")
+
+
+def check_validation(config: DictConfig) -> None:
+    """Refuse a corpus that is there already and leaves nothing to judge a trial by.
+
+    Raises:
+        UserError: it has no validation split, or none of it is read.
+    """
+    from mamba3_train.data.corpus_files import MANIFEST
+    from mamba3_train.data.token_shards import read_manifest
+
+    data, judged = config.data, "a sweep judges its trials by val/loss"
+    if data.get("validation_sequences", 1) == 0:
+        raise UserError(f"data.validation_sequences=0 leaves nothing to validate on: {judged}")
+    path = Path(data.get("path") or "")
+    if (path / MANIFEST).exists() and not read_manifest(path).tokens("validation"):
+        raise UserError(
+            f"data.path={path} has no validation split: {judged}; prepare it with validation_fraction above 0"
+        )
 
 
 def check_trials(dimensions, command, given: list[str]) -> None:

@@ -61,6 +61,7 @@ def run(tmp_path, monkeypatch, capfd):
         (["+recipe=quickstart", "optimizer.weight_decay=-1"], "optimizer.weight_decay=-1 must be"),
         (["+recipe=quickstart", "optimizer.betas=[0.9]"], "optimizer.betas=[0.9] must be two numbers"),
         (["+recipe=quickstart", "optimizer.betas=[0.9,1.5]"], "optimizer.betas=[0.9, 1.5] must be two numbers"),
+        (["+recipe=quickstart", "profile=[9000,9001]"], "profile=[9000, 9001] begins after trainer.max_steps="),
         (["+recipe=quickstart", "run.seed=-1"], "run.seed=-1 must be at least 0"),
         (["+recipe=quickstart", "trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=0 must be at least 1"),
         (["+recipe=quickstart", "trainer.watchdog_seconds=-1"], "trainer.watchdog_seconds=-1.0 must be at least 0"),

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -46,6 +47,7 @@ def run(tmp_path, monkeypatch, capfd):
         (["sweep.pruner=mean"], "sweep.pruner=mean must be one of none, median, successive_halving"),
         (["sweep.trials=4"], "sweep.trials=4, but the grid has 9 points"),
         (["workers=0"], "workers=0 must be at least 1"),
+        (["data.validation_sequences=0"], "data.validation_sequences=0 leaves nothing to validate on"),
         (["trainer.num_nodes=2"], "a trial trains on one machine"),
         (["show=nothing"], "nothing holds no sweep: there is no journal.log in it"),
         (
@@ -62,6 +64,17 @@ def test_a_mistake_gets_one_line_before_anything_starts(arguments, complaint, ru
     assert len(errors.strip().splitlines()) == 1
     assert complaint in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_without_validation_is_refused_before_anything_starts(run, tmp_path, quickstart_corpus):
+    shutil.copytree(quickstart_corpus, tmp_path / "corpus")
+    manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
+    manifest["splits"]["validation"] = []
+    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    code, _, errors = run("+recipe=quickstart", f"data.path={tmp_path}/corpus")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "corpus has no validation split: a sweep judges its trials by val/loss; prepare it with" in errors
+    assert not (tmp_path / "runs").exists()
 
 
 def test_without_optuna_one_line_says_what_to_install(run, monkeypatch):

@@ -27,7 +27,7 @@ def check_numbers(config: DictConfig) -> None:
     """Refuse settings that would only fail, or do nothing, when training has begun.
 
     Raises:
-        UserError: a number below its least, or kernels that cannot run here.
+        UserError: a number out of its range, or kernels that cannot run here.
     """
     for key, least in (
         *(("run.seed", 0), ("trainer.devices", 1), ("trainer.num_nodes", 1)),
@@ -35,6 +35,8 @@ def check_numbers(config: DictConfig) -> None:
     ):
         if (value := OmegaConf.select(config, key)) < least:
             raise UserError(f"{key}={value} must be at least {least}")
+    if config.profile and config.profile[0] > config.trainer.max_steps:
+        raise UserError(f"profile={list(config.profile)} begins after trainer.max_steps={config.trainer.max_steps}")
     if config.kernels.backend == "triton" and not (on_gpu(config.trainer.accelerator) or INTERPRETED):
         raise UserError("kernels=triton needs a GPU: choose kernels=auto or kernels=reference")
 
