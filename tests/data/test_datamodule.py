@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 
 from mamba3_train.config import compose
 from mamba3_train.data import Preparation, TokenDataModule
+from mamba3_train.data.batches import TrainingBatches
 from mamba3_train.data.packing import IGNORED_LABEL, pack, unpack
 from mamba3_train.data.token_shards import read_manifest
 from mamba3_train.errors import UserError
@@ -181,15 +182,16 @@ def test_a_source_without_a_whole_row_may_be_there_unused(tmp_path, make_documen
     assert data.epochs(16)["long"] > 0
 
 
-def test_another_source_leaves_the_order_of_the_first_as_it_was(two_sources):
-    def rows(mixture):
-        data = module(two_sources, mixture=mixture)
-        number = data.training.mixture.sources.index("lower")
-        chosen, indices = data.training.mixture.assign(range(64))
-        return data.training._orders["lower"].rows_at(indices[chosen == number]).tolist()
-
-    alone, joined = rows({"lower": 1}), rows({"upper": 1, "lower": 1})
-    assert joined == alone[: len(joined)]
+def test_another_source_leaves_the_order_of_the_first_as_it_was():
+    rows, mixture = SimpleNamespace(count=50), object()
+    alone = TrainingBatches({"b": rows}, mixture, seed=3)
+    joined = TrainingBatches({"a": rows, "b": rows}, mixture, seed=3)
+    order = {
+        (batches, name): batches._orders[name].rows_at(np.arange(50)).tolist()
+        for batches in (alone, joined)
+        for name in batches.sources
+    }
+    assert order[joined, "b"] == order[alone, "b"] != order[joined, "a"]
 
 
 def test_a_corpus_is_told_by_its_contents(corpus, two_sources, tmp_path):
