@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from mamba3_train.checkpoint import resume
 from mamba3_train.checkpoint.resume import open_run_folder
@@ -32,9 +33,11 @@ def test_what_decides_the_run_may_not_change(change, config):
 
 
 @pytest.mark.parametrize("change", ["trainer.max_steps=9", "data.micro_batch_size=1", "data.num_workers=0"])
-def test_what_does_not_may(change, config):
+def test_what_does_not_may(change, config, tmp_path):
     open_run_folder(config(), **DATA)
-    open_run_folder(config(change), **DATA)
+    assert open_run_folder(config(change), **DATA) is None
+    saved, (key, value) = OmegaConf.load(tmp_path / "run" / "config.yaml"), change.split("=")
+    assert OmegaConf.select(saved, key) == int(value), "the folder tells how the run goes on"
 
 
 def test_another_corpus_at_the_same_path_is_refused_and_nothing_touched(config, tmp_path):
