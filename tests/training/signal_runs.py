@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class Sender:
     def __init__(self, phase: str, number: str, target: str):
         self.phase, self.number = phase, signal.Signals[number]
         self.here = int(os.environ["RANK"]) in TARGETS[target]
-        self.sent = False
+        self.sent, self.next_step = False, threading.Event()
 
     def arrive(self, phase: str) -> None:
         """Signal this process if it is this phase's turn, twice, as launchers do; return when that was noticed."""
@@ -93,6 +94,7 @@ def instrument() -> dict[str, Sender | None]:
         arrive(phases.get(number, ""))
         sender = now["sender"]
         if sender is not None and sender.phase == "saving" and number == SAVE_EVERY + 1:
+            sender.next_step.set()
             while sender.here and not sender.sent:
                 time.sleep(0.001)
         if sender is not None and sender.phase == "time limit" and number == 5 and sender.here:
@@ -111,6 +113,9 @@ def instrument() -> dict[str, Sender | None]:
         return validation_step(module, batch, index)
 
     def write(*arguments):
+        # Before that step the run might still leave at the one that is being saved.
+        if now["sender"] is not None and now["sender"].phase == "saving":
+            now["sender"].next_step.wait(60)
         arrive("saving")
         return write_shard(*arguments)
 
