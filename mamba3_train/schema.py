@@ -79,7 +79,7 @@ class EvaluationSection:
 
 
 class Keep(Enum):
-    """inputs needs the least memory and is slowest, outputs the most and fastest."""
+    """inputs needs the least memory and computes the most again, outputs the other way round."""
 
     inputs = "inputs"
     scales = "scales"

@@ -71,7 +71,7 @@ def mamba3_scan(
         keep: what triton keeps for the backward: its `inputs` alone, which is slowest; also the `scales` of all tokens
             and a state now and then, together less than x and z; the scales and all `states`, 2 · P · N bytes for each
             chunk of 64 / R tokens and head; or also, but for a norm, the `outputs` of all ranks before the gate, R
-            times what x takes, which is fastest. The last two only by the kernels for Hopper; else as `scales`.
+            times what x takes, for the least to compute again. The last two only on Hopper; else as `scales`.
 
     Returns:
         (batch, seqlen, H, P) in x's dtype; with return_state also a `ScanState`.
