@@ -82,7 +82,7 @@ def test_memory_is_what_was_measured(row):
 
 
 def test_the_documents_show_what_was_planned_and_measured():
-    setting = r"^\| `([\w.]+)`(?:, two GPUs, `(\w+)`|, (states) kept)? \| (\d+) × (\d+) \|"
+    setting = r"^\| `([\w.]+)`(?:, two GPUs, `(\w+)`|, (states|outputs) kept)? \| (\d+) × (\d+) \|"
     cells = setting + r".*\| \*\*([\d.]+)\*\* \| ([\d.]+) \| ([\d.]+) \|$"
     rows = re.findall(cells, (RESULTS.parent / "performance.md").read_text(), re.MULTILINE)
     recorded = {given(row): row for parameter in recorded_peaks() for row in parameter.values}

@@ -82,7 +82,7 @@ def test_beside_a_transformer():
 
 def test_steps():
     recorded = {round(r["step_ms"]): r for r in json.loads((RESULTS / "step_1.5b_h200.json").read_text())}
-    assert len(recorded) == 23
+    assert len(recorded) == 29
     parts = r"^\| .* \| (\d+) \| (\d+(?: both)?) \| (\d+) \| (\d+) \| (\d+) \| ([\d.]+|in rest) \| (\d+|←) "
     rows = table("docs/performance.md", parts + r"\| \*\*(\d+)\*\* \| (\d+) \| ([\d.]+) % \| ([\d.]+) \|$")
     shown = table("README.md", r"^\| 1.5B .* \| (\d+) \| (\d+) \| ([\d.]+) % \| ([\d.]+) \|$")

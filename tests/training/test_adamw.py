@@ -45,12 +45,17 @@ def groups(large, small):
     return [{"params": [large], "weight_decay": 0.1}, {"params": [small], "weight_decay": 0.0}]
 
 
+def gradients(given, step):
+    """Of one step, the same for ours and theirs."""
+    generator = torch.Generator().manual_seed(step)
+    return [(torch.randn(p.shape, generator=generator) * 10.0**-step).to(p) for p in given]
+
+
 def take_steps(optimizer, given, skipped=(), scales=None):
     """Steps 0 to 4 with gradients of their own."""
     for step in range(5):
-        generator = torch.Generator().manual_seed(step)
-        for p in given:
-            p.grad = torch.randn(p.shape, generator=generator).to(DEVICE) * 10.0**-step
+        for p, gradient in zip(given, gradients(given, step), strict=True):
+            p.grad = gradient
         if scales:
             optimizer.grad_scale = torch.tensor(scales[step], device=DEVICE)
         if skipped:
@@ -60,20 +65,36 @@ def take_steps(optimizer, given, skipped=(), scales=None):
         optimizer.step()
 
 
+def in_float64(skipped, scales):
+    """PyTorch's plain AdamW on float64: the optimizer, and the parameters after its steps."""
+    given = [p.detach().double().requires_grad_() for p in parameters()]
+    optimizer = torch.optim.AdamW(groups(*given), foreach=False, **SETTINGS)
+    for step in range(5):
+        for p, gradient in zip(given, gradients(given, step), strict=True):
+            p.grad = gradient.float().double() / (scales[step] if scales else 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 / (step + 1)
+        if step not in skipped:
+            optimizer.step()
+    return optimizer, given
+
+
 @pytest.mark.parametrize("scales", [None, [1.0, 2.5, 1.0, 40.0, 3.0]])
 @pytest.mark.parametrize("skipped", [(), (0, 3)])
-def test_weights_and_state_are_pytorchs(skipped, scales, monkeypatch):
+def test_weights_and_state_are_those_of_float64(skipped, scales, monkeypatch):
     monkeypatch.setattr(module, "LARGE", 1000)
-    ours, theirs = parameters(), parameters()
-    mine, reference = AdamW(groups(*ours), **SETTINGS), torch.optim.AdamW(groups(*theirs), fused=True, **SETTINGS)
+    ours = parameters()
+    mine = AdamW(groups(*ours), **SETTINGS)
     take_steps(mine, ours, skipped, scales)
-    take_steps(reference, theirs, skipped, scales)
-    for found, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    reference, theirs = in_float64(skipped, scales)
+    # PyTorch steps the small one; its kernel for GPUs takes 1 − 0.999 in float32, 1.3e-5 of itself off.
+    for found, expected, within in zip(ours, theirs, (1e-6, 2e-5), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=within, atol=1e-6)
         assert mine.state[found].keys() == reference.state[expected].keys()
         for name, value in reference.state[expected].items():
             # Moments are sums, some nearly zero.
-            torch.testing.assert_close(mine.state[found][name], value, rtol=1e-6, atol=1e-6 * float(value.max()))
+            near_zero = 1e-6 * float(value.abs().max())
+            torch.testing.assert_close(mine.state[found][name].to(value), value, rtol=within, atol=near_zero)
     assert mine.state[ours[0]]["step"] == 5 - len(skipped)
 
 
